@@ -50,12 +50,10 @@ def tap_blocks(depth: int) -> tuple[int, ...]:
     """Return the 1-based blocks whose outputs feed the four heads: 2, 4, depth - 2 and depth.
 
     Raises:
-        ValueError: the depth leaves no four distinct, increasing taps.
+        ValueError: the encoder has fewer than four blocks.
     """
-    if depth < 7:
-        raise ValueError(
-            f"depth {depth} gives the taps 2, 4, {depth - 2}, {depth}; LocalMIM needs four distinct ones, depth >= 7"
-        )
+    if depth < 4:
+        raise ValueError(f"depth {depth} is too small: LocalMIM taps blocks 2, 4, depth-2 and depth, so depth >= 4")
     return (2, 4, depth - 2, depth)
 
 
