@@ -1,0 +1,461 @@
+"""When each layer trains and how fast: FreezeOut's arithmetic, LocalMIM's cosine, adaptive freezing. No torch.
+
+Everything here is a function of the step. A schedule holds numbers computed once from the settings and is
+never changed, so every rank, every restart and every world size gets the same answer. The one exception is
+`AdaptiveFreezing`, whose answers are a function of the step and of the event log that it keeps.
+
+Sources: A. Brock et al., "FreezeOut", 2017 (t_i and the scaled rates); ViTFreeze, 2024, equations 1 and 2
+(warm-up, layers of a ViT); LocalMIM, 2023 (the single cosine with a minimum rate).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any
+
+from vitfreeze.architecture import active_heads, tap_blocks
+from vitfreeze.config import Config, Duration, StepCounts, count_steps
+
+POWERS: Mapping[str, int] = MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
+# Below this share of the run a layer trains for less than one step of any run, and base_lr / t_i explodes.
+MIN_SHARE = 1e-12
+
+
+def check_run_length(*, total_steps: int, warmup_steps: int) -> None:
+    """Refuse a run without steps, and a warm-up that leaves no step after it.
+
+    Raises:
+        ValueError: total_steps < 1, warmup_steps < 0, or warmup_steps >= total_steps.
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps is {total_steps}, but a run has at least 1 step")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {warmup_steps}, but a warm-up has 0 steps or more")
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps}, which leaves nothing of a run of {total_steps} steps: "
+            f"a warm-up may last 0 to {total_steps - 1} steps"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule:
+    """LocalMIM's single cosine: a linear warm-up from 0 to `base_lr`, then half a cosine down to `min_lr`.
+
+    Raises:
+        ValueError: no steps, a warm-up that fills the run, or a min_lr outside [0, base_lr].
+    """
+
+    total_steps: int
+    warmup_steps: int
+    base_lr: float
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_run_length(total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+        if not 0 <= self.min_lr <= self.base_lr:
+            raise ValueError(f"min_lr is {self.min_lr}, but it must lie between 0 and the base rate {self.base_lr}")
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of the optimizer step number `step`, counted from 0."""
+        _check_step(step, total_steps=self.total_steps)
+        if step < self.warmup_steps:
+            return self.base_lr * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.base_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeSchedule:
+    """FreezeOut on the layers of an encoder: layer i trains for a share t_i of the steps after warm-up.
+
+    t_i runs linearly from t_0 at layer 0 to 1 at the last layer and is then squared, cubed or left as it is
+    (`how`; ViTFreeze, equation 1). Over its share the rate of layer i falls along half a cosine from its
+    initial rate to 0 (equation 2); the initial rate is base_lr / t_i if `scale_lr`, which makes the integral
+    of the rate the same for all layers, else base_lr. During the warm-up, which is not counted in the share,
+    it rises linearly from 0.
+
+    Layer i trains through step floor(warmup_steps + t_i * (total_steps - warmup_steps)) and is frozen from
+    the next one on. That product is evaluated in float64 in the order of the reference, because a share that
+    ends on a whole step in exact arithmetic may end one step earlier in floating point.
+
+    Raises:
+        ValueError: t_0 outside (0, 1], an unknown `how`, a warm-up that fills the run, fewer steps than layers.
+    """
+
+    num_layers: int
+    t_0: float
+    how: str
+    scale_lr: bool
+    total_steps: int
+    warmup_steps: int
+    base_lr: float
+    shares: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _decay_steps: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _freeze_steps: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        last, length = self.num_layers - 1, self.total_steps - self.warmup_steps
+        linear = [self.t_0 + (1 - self.t_0) * layer / last for layer in range(last)] + [1.0]
+        shares = tuple(share ** POWERS[self.how] for share in linear)
+        ends = (math.floor(self.warmup_steps + share * length) + 1 for share in shares)
+        object.__setattr__(self, "shares", shares)
+        object.__setattr__(self, "_decay_steps", tuple(share * length for share in shares))
+        # A power may round neighbours out of order by one unit in the last place: frozen layers stay a prefix.
+        object.__setattr__(self, "_freeze_steps", tuple(accumulate((min(e, self.total_steps) for e in ends), max)))
+
+    def _check(self) -> None:
+        if self.num_layers < 2:
+            raise ValueError(f"num_layers is {self.num_layers}, but a schedule needs a first and a last layer")
+        if not 0 < self.t_0 <= 1:  # also refuses NaN
+            raise ValueError(f"t_0 is {self.t_0}, but it must be greater than 0 and at most 1 (1 freezes nothing)")
+        if self.how not in POWERS:
+            raise ValueError(f"how is {self.how!r}, but it must be one of {', '.join(POWERS)}")
+        check_run_length(total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+        if self.total_steps < self.num_layers:
+            raise ValueError(f"total_steps is {self.total_steps}, fewer than the {self.num_layers} layers to schedule")
+        if not (math.isfinite(self.base_lr) and self.base_lr >= 0):
+            raise ValueError(f"base_lr is {self.base_lr}, but it must be a finite number of at least 0")
+        if self.t_0 ** POWERS[self.how] < MIN_SHARE:
+            raise ValueError(f"t_0 is {self.t_0}, which {self.how} bends to a share below {MIN_SHARE}")
+
+    def initial_rate(self, layer: int) -> float:
+        """Return the rate that `layer` has at the end of the warm-up, its highest."""
+        self._check_layer(layer)
+        return self.base_lr / self.shares[layer] if self.scale_lr else self.base_lr
+
+    def learning_rate(self, layer: int, step: int) -> float:
+        """Return the rate of `layer` in the optimizer step number `step`, counted from 0; 0.0 once frozen.
+
+        Raises:
+            ValueError: the layer is not in [0, num_layers), or the step not in [0, total_steps].
+        """
+        initial = self.initial_rate(layer)
+        _check_step(step, total_steps=self.total_steps)
+        if step < self.warmup_steps:
+            return initial * step / self.warmup_steps
+        if self._freeze_steps[layer] <= step:
+            return 0.0
+        return initial * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / self._decay_steps[layer]))
+
+    def freeze_step(self, layer: int) -> int:
+        """Return the first step at which `layer` is frozen; total_steps if it trains to the end."""
+        self._check_layer(layer)
+        return self._freeze_steps[layer]
+
+    def frozen_layers(self, step: int) -> int:
+        """Return the length of the frozen prefix at `step`; the last layer is never in it.
+
+        At step total_steps, the end of the run, it is what it was at the last step.
+        """
+        _check_step(step, total_steps=self.total_steps)
+        return bisect_right(self._freeze_steps, min(step, self.total_steps - 1))
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer {layer} does not exist: the layers are 0 to {self.num_layers - 1}")
+
+
+def _check_step(step: int, *, total_steps: int) -> None:
+    if not 0 <= step <= total_steps:
+        raise ValueError(f"step {step} lies outside the run, whose steps are 0 to {total_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeUnit:
+    """Parameters that share a learning rate and leave the optimizer together.
+
+    `leaves_with` is the encoder layer whose freezing takes the unit out of training; None: it trains to the end.
+    """
+
+    name: str
+    leaves_with: int | None
+
+
+def freeze_units(depth: int, *, cls_token: bool = True, patch_embed: bool = True) -> tuple[FreezeUnit, ...]:
+    """Return the freeze units of an encoder with `depth` blocks and of its four heads, last to freeze first.
+
+    layer_00 is the patch embedding with the class token, layer_i block i, head_k the norm and decoder of head
+    k. If `cls_token` or `patch_embed` is false, that parameter does not freeze with layer 0: it becomes a unit
+    of its own that trains to the end, as the class token does in the authors' code.
+    """
+    heads = {tap: f"head_{head}" for head, tap in enumerate(tap_blocks(depth))}
+    units = [FreezeUnit(name="patch_embed", leaves_with=None)] if not patch_embed else []
+    units += [FreezeUnit(name="cls_token", leaves_with=None)] if not cls_token else []
+    for layer in reversed(range(depth + 1)):
+        if layer in heads:
+            units.append(FreezeUnit(name=heads[layer], leaves_with=layer))
+        if layer > 0 or cls_token or patch_embed:
+            units.append(FreezeUnit(name=f"layer_{layer:02d}", leaves_with=layer))
+    return tuple(units)
+
+
+def interpolate_weights(rows: Sequence[tuple[float, tuple[float, ...]]], *, share_of_run: float) -> tuple[float, ...]:
+    """Return the weights of the scales at a share of the run: straight lines between rows, level outside them."""
+    after = bisect_right([share for share, _ in rows], share_of_run)
+    if after in (0, len(rows)):
+        return rows[min(after, len(rows) - 1)][1]
+    (left, start), (right, end) = rows[after - 1], rows[after]
+    along = (share_of_run - left) / (right - left)
+    return tuple(a + (b - a) * along for a, b in zip(start, end, strict=True))
+
+
+CHECKS_PER_WINDOW = 4
+ADAPTIVE_EVENT = "adaptive_check"
+
+
+def decide_frozen_layers(
+    history: Sequence[Sequence[float | None]], *, frozen_layers: int, num_layers: int, threshold: float
+) -> int:
+    """Return the length of the frozen prefix after looking at a whole window of relative changes.
+
+    `history` holds one row per check of the window, each with the relative change of every layer, or None
+    where it was not measured. The prefix grows over every next layer whose change was below `threshold` in
+    all rows; it stops at the first that was not, never shrinks, and never takes the last layer.
+    """
+    prefix = frozen_layers
+    while history and prefix < num_layers - 1:
+        changes = [row[prefix] for row in history]
+        if not all(change is not None and change < threshold for change in changes):
+            break
+        prefix += 1
+    return prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveCheck:
+    """One entry of the event log: what was measured at the start of a step and how long the prefix is from then on.
+
+    `changes` is None if nothing could be measured, as in the first check after a resume between two checks.
+    """
+
+    step: int
+    changes: tuple[float | None, ...] | None
+    frozen_layers: int
+
+    def to_event(self) -> dict[str, Any]:
+        """Return the entry as an object for events.jsonl."""
+        changes = None if self.changes is None else list(self.changes)
+        return {"event": ADAPTIVE_EVENT, "step": self.step, "changes": changes, "frozen_layers": self.frozen_layers}
+
+    @classmethod
+    def from_event(cls, event: Mapping[str, Any]) -> AdaptiveCheck:
+        """Read the entry back from events.jsonl."""
+        changes = None if event["changes"] is None else tuple(event["changes"])
+        return cls(step=event["step"], changes=changes, frozen_layers=event["frozen_layers"])
+
+
+class AdaptiveFreezing:
+    """Freezing by measured change: the prefix at a step is a function of the step and of the event log.
+
+    Every `check_every_steps` steps the training loop measures each layer's relative change since the check
+    before, the same number on all ranks. A layer joins the prefix when its change was below the threshold in
+    CHECKS_PER_WINDOW checks in a row, the last of them at or after `floor_step`. Each check is an event; a
+    resumed run is given the events that were logged and follows them instead of deciding again.
+
+    Raises:
+        ValueError: fewer than 2 layers, a window shorter than CHECKS_PER_WINDOW steps, or a threshold of 0 or less.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        threshold: float,
+        window_steps: int,
+        floor_step: int,
+        events: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        if num_layers < 2:
+            raise ValueError(f"num_layers is {num_layers}, but freezing a prefix needs a first and a last layer")
+        if not threshold > 0:
+            raise ValueError(f"threshold is {threshold}, but no relative change is below it: it must be above 0")
+        if window_steps < CHECKS_PER_WINDOW:
+            raise ValueError(f"window_steps is {window_steps}, but a window holds {CHECKS_PER_WINDOW} checks or more")
+        self.num_layers = num_layers
+        self.threshold = threshold
+        self.check_every_steps = window_steps // CHECKS_PER_WINDOW
+        self.floor_step = floor_step
+        self._log: list[AdaptiveCheck] = []
+        for event in events:
+            if event.get("event") == ADAPTIVE_EVENT:
+                self._append(AdaptiveCheck.from_event(event))
+
+    @property
+    def log(self) -> tuple[AdaptiveCheck, ...]:
+        """Every check so far, in order of steps."""
+        return tuple(self._log)
+
+    def frozen_layers(self, step: int) -> int:
+        """Return the length of the frozen prefix at `step` according to the log."""
+        position = bisect_right(self._log, step, key=lambda check: check.step)
+        return self._log[position - 1].frozen_layers if position else 0
+
+    def is_check(self, step: int) -> bool:
+        """Say whether the layers are to be measured at the start of `step`: a check that the log does not hold yet."""
+        due = step > 0 and step % self.check_every_steps == 0
+        return due and (not self._log or step > self._log[-1].step)
+
+    def record(self, step: int, *, changes: Sequence[float | None] | None) -> AdaptiveCheck:
+        """Decide on what was measured at the start of `step`, keep it in the log, and return it for events.jsonl.
+
+        `changes` holds one relative change per layer, None for a layer that was not measured (a frozen one, or
+        a figure that is not finite); None in all if nothing was measured.
+
+        Raises:
+            ValueError: it is no check, or the number of changes is not the number of layers.
+        """
+        if not self.is_check(step):
+            raise ValueError(f"step {step} is not a check, or the log already holds it")
+        if changes is not None and len(changes) != self.num_layers:
+            raise ValueError(f"{len(changes)} changes were given for {self.num_layers} layers")
+        finite = None if changes is None else tuple(_finite_or_none(change) for change in changes)
+        frozen = self.frozen_layers(step)
+        rows = [check.changes for check in self._log if check.changes is not None][-(CHECKS_PER_WINDOW - 1) :]
+        if finite is not None and len(rows) == CHECKS_PER_WINDOW - 1 and step >= self.floor_step:
+            frozen = decide_frozen_layers(
+                [*rows, finite], frozen_layers=frozen, num_layers=self.num_layers, threshold=self.threshold
+            )
+        check = AdaptiveCheck(step=step, changes=finite, frozen_layers=frozen)
+        self._append(check)
+        return check
+
+    def _append(self, check: AdaptiveCheck) -> None:
+        if self._log and (check.step <= self._log[-1].step or check.frozen_layers < self._log[-1].frozen_layers):
+            raise ValueError(f"the event log is out of order at step {check.step}: steps rise and layers stay frozen")
+        self._log.append(check)
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSchedule:
+    """Everything that a training loop asks of its step: learning rates, frozen layers, active heads, loss weights.
+
+    mode schedule: encoder layers follow `layers` (FreezeOut), all else `cosine`. mode off: everything follows
+    `cosine` and nothing freezes. mode adaptive: everything follows `cosine` until `adaptive` freezes it.
+    """
+
+    depth: int
+    mode: str
+    cosine: CosineSchedule
+    layers: FreezeSchedule | None = None
+    adaptive: AdaptiveFreezing | None = None
+    heads_lr: str = "global"
+    cls_token: bool = True
+    patch_embed: bool = True
+    weight_rows: tuple[tuple[float, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.mode == "schedule") != (self.layers is not None):
+            raise ValueError(f"mode {self.mode!r} and `layers` do not agree: mode schedule, and no other, has layers")
+        if (self.mode == "adaptive") != (self.adaptive is not None):
+            raise ValueError(f"mode {self.mode!r} and `adaptive` do not agree: mode adaptive, and no other, has it")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.cosine.total_steps
+
+    @property
+    def units(self) -> tuple[FreezeUnit, ...]:
+        """The freeze units, last to freeze first."""
+        return freeze_units(self.depth, cls_token=self.cls_token, patch_embed=self.patch_embed)
+
+    def frozen_layers(self, step: int) -> int:
+        """Return the length of the frozen prefix of encoder layers at `step`."""
+        if self.layers is not None:
+            return self.layers.frozen_layers(step)
+        return self.adaptive.frozen_layers(step) if self.adaptive is not None else 0
+
+    def active_heads(self, step: int) -> tuple[int, ...]:
+        """Return the indices of the heads that train at `step`, finest first."""
+        return active_heads(self.frozen_layers(step), depth=self.depth)
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rate of every freeze unit in the optimizer step number `step`; 0.0 for frozen units."""
+        frozen, rest = self.frozen_layers(step), self.cosine.learning_rate(step)
+        rates = {}
+        for unit in self.units:
+            layer = unit.leaves_with
+            if layer is None:
+                rates[unit.name] = rest
+            elif layer < frozen:
+                rates[unit.name] = 0.0
+            elif self.layers is not None and (unit.name.startswith("layer_") or self.heads_lr == "layer"):
+                rates[unit.name] = self.layers.learning_rate(layer, step)
+            else:
+                rates[unit.name] = rest
+        return rates
+
+    def scale_weights(self, step: int) -> tuple[float, ...] | None:
+        """Return the weight of each scale's loss at `step`, finest first; None when all are 1."""
+        if not self.weight_rows:
+            return None
+        weights = interpolate_weights(self.weight_rows, share_of_run=step / self.total_steps)
+        return None if all(weight == 1 for weight in weights) else weights
+
+
+def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]] = ()) -> RunSchedule:
+    """Build the schedule of a run from its settings, with all durations converted to steps.
+
+    `events` are the lines of the run's events.jsonl, for freeze.mode adaptive on resume.
+
+    Raises:
+        ConfigError: a setting that cannot be used with this many steps.
+    """
+    steps = count_steps(config, steps_per_epoch=steps_per_epoch)
+    size, freeze = config.model.resolve(), config.freeze
+    if steps.total_steps < size.num_layers:
+        raise config.error(
+            "run.length", f"at least as many steps as the {size.num_layers} layers; here it is {steps.total_steps}"
+        )
+    if config.optim.min_lr > config.base_lr:
+        raise config.error("optim.min_lr", f"a number from 0 to the base learning rate {config.base_lr:g}")
+    total, warmup = steps.total_steps, steps.warmup_steps
+    layers, adaptive = None, None
+    if freeze.mode == "schedule":
+        try:
+            layers = FreezeSchedule(
+                num_layers=size.num_layers, t_0=freeze.t_0, how=freeze.how, scale_lr=freeze.scale_lr,
+                total_steps=total, warmup_steps=warmup, base_lr=config.base_lr,
+            )  # fmt: skip
+        except ValueError as error:
+            raise config.error("freeze.t_0", f"a larger share, because {error}") from None
+    elif freeze.mode == "adaptive":
+        adaptive = _build_adaptive(config, steps=steps, events=events)
+    return RunSchedule(
+        depth=size.depth, mode=freeze.mode, layers=layers, adaptive=adaptive, heads_lr=freeze.heads_lr,
+        cls_token=freeze.cls_token, patch_embed=freeze.patch_embed, weight_rows=config.loss.scale_weights,
+        cosine=CosineSchedule(
+            total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, min_lr=config.optim.min_lr
+        ),
+    )  # fmt: skip
+
+
+def _build_adaptive(config: Config, *, steps: StepCounts, events: Iterable[Mapping[str, Any]]) -> AdaptiveFreezing:
+    def count(duration: Duration) -> int:
+        return duration.to_steps(steps_per_epoch=steps.steps_per_epoch, total_steps=steps.total_steps)
+
+    freeze, total = config.freeze, steps.total_steps
+    window, floor = count(freeze.adaptive_window), count(freeze.adaptive_floor)
+    if not CHECKS_PER_WINDOW <= window <= total:
+        raise config.error(
+            "freeze.adaptive_window", f"{CHECKS_PER_WINDOW} to {total} steps in this run; here it is {window}"
+        )
+    if floor >= total:
+        raise config.error("freeze.adaptive_floor", f"earlier than the end of the run at step {total}, not at {floor}")
+    if not freeze.adaptive_threshold > 0:
+        raise config.error("freeze.adaptive_threshold", "a number above 0")
+    return AdaptiveFreezing(
+        num_layers=config.model.resolve().num_layers, threshold=freeze.adaptive_threshold,
+        window_steps=window, floor_step=floor, events=events,
+    )  # fmt: skip
