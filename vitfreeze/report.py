@@ -1,0 +1,195 @@
+"""What a run tells: one progress bar, metrics.jsonl, events.jsonl, TensorBoard, images per second.
+
+Only rank 0 writes. The run folder belongs to us, not to DeepSpeed, whose monitor is rebuilt with each engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+logger = logging.getLogger("vitfreeze")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a .jsonl file; a last line that a kill cut short is left out. No file: no objects."""
+    if not path.is_file():
+        return []
+    objects = []
+    for line in path.read_text().splitlines():
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return objects
+
+
+def trim_json_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a .jsonl file with only the objects that `keep` accepts, in one atomic step."""
+    if not path.is_file():
+        return
+    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if keep(line)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+class Meter:
+    """Mean loss, images per second and share of time spent waiting for data since the last reading.
+
+    Losses stay on the device as running sums until they are read, so a step never waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._micro_batches = 0
+        self._images = 0
+        self._steps = 0
+        self._wait_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def add_loss(self, losses: Mapping[int, Tensor]) -> None:
+        """Add the detached scale losses of one micro-batch: {head: scalar}."""
+        for head, loss in losses.items():
+            value = loss.detach().float()
+            self._sums[head] = self._sums[head] + value if head in self._sums else value
+        self._micro_batches += 1
+
+    def add_step(self, *, images: int, wait_seconds: float) -> None:
+        """Count one optimizer step of `images` images over all ranks."""
+        self._images += images
+        self._steps += 1
+        self._wait_seconds += wait_seconds
+
+    def read(self, mean_over_ranks: Callable[[Sequence[float]], Sequence[float]]) -> dict[str, Any]:
+        """Return the figures since the last reading and start again; waits for the device once.
+
+        Every rank must call this at the same step: `mean_over_ranks` is a collective.
+        """
+        heads = sorted(self._sums)
+        losses = mean_over_ranks([float(self._sums[head]) / self._micro_batches for head in heads])
+        seconds = time.perf_counter() - self._started
+        figures = {
+            "losses": {str(head): loss for head, loss in zip(heads, losses, strict=True)},
+            "images_per_second": self._images / seconds,
+            "step_seconds": seconds / max(self._steps, 1),
+            "data_wait_fraction": min(self._wait_seconds / seconds, 1.0),
+        }
+        self.restart()
+        return figures
+
+    def restart(self) -> None:
+        """Forget what was counted, so that the time of a freeze, save or probe is not charged to the steps."""
+        self._sums.clear()
+        self._micro_batches = self._images = self._steps = 0
+        self._wait_seconds = 0.0
+        self._started = time.perf_counter()
+
+
+class Reporter:
+    """Writes a run's figures into its folder and shows one progress bar; does nothing on ranks other than 0.
+
+    On resume at `start_step`, lines of later steps are cut from metrics.jsonl, and freezes after it from events.jsonl,
+    because those steps will be taken again.
+    """
+
+    def __init__(self, run_dir: Path, *, rank: int, start_step: int, total_steps: int) -> None:
+        self.run_dir = run_dir
+        self._active = rank == 0
+        if not self._active:
+            return
+        trim_json_lines(run_dir / "metrics.jsonl", keep=lambda line: line["step"] <= start_step)
+        trim_json_lines(
+            run_dir / "events.jsonl",
+            keep=lambda line: line["event"] not in ("freeze", "adaptive_check") or line["step"] < start_step,
+        )
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+        self._redirect = logging_redirect_tqdm([logging.getLogger()])
+        self._redirect.__enter__()
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", desc="pre-training", dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        """Move the bar by one step."""
+        if self._active:
+            self._bar.update()
+
+    def log_metrics(self, step: int, **figures: Any) -> None:
+        """Write one object to metrics.jsonl, its numbers to TensorBoard, and the main ones beside the bar."""
+        if not self._active:
+            return
+        _append_line(self.run_dir / "metrics.jsonl", {"step": step, **figures})
+        for name, value in flatten_numbers(figures):
+            self._writer.add_scalar(name, value, step)
+        shown = {"loss": f"{figures['loss']:.4f}", "img/s": f"{figures['images_per_second']:.1f}"}
+        self._bar.set_postfix({**shown, "frozen": figures["frozen_layers"]}, refresh=False)
+
+    def log_event(self, event: str, step: int, *, message: str = "", **details: Any) -> None:
+        """Write one object to events.jsonl and, given a message, one line above the bar."""
+        if not self._active:
+            return
+        _append_line(self.run_dir / "events.jsonl", {"event": event, "step": step, "time": time.time(), **details})
+        if message:
+            logger.info(message)
+
+    def log_image(self, name: str, step: int, image_CHW: Tensor) -> None:
+        """Write a picture to TensorBoard; values in [0, 1]."""
+        if self._active:
+            self._writer.add_image(name, image_CHW, step)
+
+    def close(self) -> None:
+        """Flush everything; the run folder is then complete."""
+        if self._active:
+            self._bar.close()
+            self._redirect.__exit__(None, None, None)
+            self._writer.close()
+            self._active = False
+
+
+def flatten_numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield ('losses/0', 0.12)-like pairs for every finite number in nested objects."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from flatten_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{prefix}{name}", float(value)
+
+
+def format_bytes(count: float) -> str:
+    """Return a size as people say it: 1.50 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def format_closing_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Return (name, before, after, ratio) rows under a heading, in aligned columns."""
+    table = [("", "before first freeze", "after last freeze", "ratio"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(
+            zip(row, widths, strict=True)
+        ))
+        for row in table
+    )  # fmt: skip
+
+
+def _append_line(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
