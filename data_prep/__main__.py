@@ -1,0 +1,189 @@
+"""The command line: `python -m data_prep {imagenet,folder,demo,verify,describe}`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.errors import InputError, OutputError
+from data_prep.splits import ImageSet
+from data_prep.workers import available_cores
+
+EPILOG = """examples:
+  python -m data_prep imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
+      --devkit ILSVRC2012_devkit_t12.tar.gz --out shards/imagenet
+  python -m data_prep imagenet --kaggle imagenet-object-localization-challenge --out shards/imagenet
+  python -m data_prep folder my_photos --out shards/photos --resize-shorter 288 --quality 90
+  python -m data_prep demo --out shards/demo
+  python -m data_prep verify shards/imagenet
+  python -m data_prep describe shards/imagenet
+
+A command that was stopped, even killed, goes on where it was when it is given again.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Turn ImageNet's archives, or any folder of images, into WebDataset shards.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_imagenet(commands)
+    _add_folder(commands)
+    _add_demo(commands)
+    return parser
+
+
+Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
+
+
+def _add_imagenet(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("imagenet", help="ImageNet from its archives, extracted folders or Kaggle's layout")
+    parser.add_argument("--train", type=Path, metavar="PATH", help="ILSVRC2012_img_train.tar, or the extracted folder")
+    parser.add_argument("--val", type=Path, metavar="PATH", help="ILSVRC2012_img_val.tar, or a folder")
+    parser.add_argument(
+        "--devkit", type=Path, metavar="PATH", help="ILSVRC2012_devkit_t12.tar.gz: names the classes, labels --val"
+    )
+    parser.add_argument("--kaggle", type=Path, metavar="DIR", help="the folder that holds ILSVRC/Data/CLS-LOC")
+    _add_packing_options(parser, name="imagenet1k")
+    parser.add_argument("--limit-classes", type=int, metavar="N", help="only the first N classes in sorted order")
+    _add_resize_options(parser)
+    parser.set_defaults(run=run_imagenet)
+
+
+def _add_folder(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("folder", help="any tree with a folder per class, with or without train/ and val/")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the tree")
+    _add_packing_options(parser, name=None)
+    parser.add_argument("--limit-classes", type=int, metavar="N", help="only the first N classes in sorted order")
+    _add_resize_options(parser)
+    parser.set_defaults(run=run_folder)
+
+
+def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("demo", help="draw a small labelled data set, no download needed")
+    _add_packing_options(parser, name="demo", samples_per_shard=64, workers=1)
+    parser.add_argument(
+        "--samples", type=int, default=600, metavar="N", help="images in all; a fifth is for validation (default 600)"
+    )
+    parser.add_argument("--size", type=int, default=64, metavar="PX", help="height and width (default 64)")
+    parser.set_defaults(run=run_demo)
+
+
+def _add_packing_options(
+    parser: argparse.ArgumentParser,
+    *,
+    name: str | None,
+    samples_per_shard: int | None = None,
+    workers: int | None = None,
+) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument(
+        "--name", default=name, help=f"first part of the shards' names (default {name or 'the folder'})"
+    )
+    cores = available_cores() if workers is None else workers
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores})")
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=samples_per_shard,
+        metavar="N",
+        help=f"default {samples_per_shard or '1252 (train) and 782 (validation): 1024 and 64 shards of ImageNet'}",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the shuffle (default 0)")
+
+
+def _add_resize_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resize-shorter",
+        type=int,
+        metavar="PX",
+        help="shrink images whose shorter side is larger, and store them as JPEG (default: keep the original bytes)",
+    )
+    parser.add_argument("--quality", type=int, metavar="Q", help="JPEG quality of shrunk images, 1 to 100 (default 90)")
+
+
+def run_imagenet(options: argparse.Namespace) -> int:
+    """Pack ImageNet."""
+    from data_prep.imagenet import read_imagenet, read_kaggle
+
+    if options.kaggle is not None:
+        given = [name for name in ("train", "val", "devkit") if getattr(options, name) is not None]
+        if given:
+            raise InputError(f"--kaggle names the whole layout: leave out --{given[0]}.")
+        images = read_kaggle(options.kaggle, limit_classes=options.limit_classes)
+    else:
+        images = read_imagenet(
+            train=options.train,
+            val=options.val,
+            devkit=options.devkit,
+            limit_classes=options.limit_classes,
+            workers=options.workers,
+        )
+    return _pack(images, options)
+
+
+def run_folder(options: argparse.Namespace) -> int:
+    """Pack a class-per-folder tree."""
+    from data_prep.folders import read_folder
+
+    if options.name is None:
+        options.name = re.sub(r"[^A-Za-z0-9_]", "_", options.folder.resolve().name) or "images"
+    return _pack(read_folder(options.folder, limit_classes=options.limit_classes), options)
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Draw and pack the demo set."""
+    from data_prep.drawing import draw_image_set
+
+    images = draw_image_set(options.samples, seed=options.seed, image_size=options.size)
+    return _pack(images, options)
+
+
+def _pack(images: ImageSet, options: argparse.Namespace) -> int:
+    from data_prep.packing import PackSettings, pack
+
+    settings = PackSettings(
+        dataset=options.name,
+        seed=options.seed,
+        samples_per_shard=options.samples_per_shard,
+        resize_shorter=getattr(options, "resize_shorter", None),
+        quality=getattr(options, "quality", None),
+    )
+    for note in images.notes:
+        sys.stdout.write(f"{note}\n")
+    sys.stdout.flush()
+    summary = pack(images, options.out, settings=settings, workers=options.workers)
+    sys.stdout.write(f"{summary}\n")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        exit status: 0, 1 when `verify` finds something wrong, 2 for bad input, 130 after Ctrl-C.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.workers < 1:
+            raise InputError(f"--workers must be at least 1, not {options.workers}.")
+        return int(options.run(options))
+    except (InputError, OutputError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

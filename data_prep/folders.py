@@ -1,0 +1,142 @@
+"""Images in a tree of folders, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key, number_repeated
+from data_prep.errors import InputError
+from data_prep.splits import ImageSet
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
+TRAIN_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+
+
+@dataclass
+class FoundImages:
+    """Image files below a folder, as paths relative to the root with `/` between parts; sorted."""
+
+    names: list[bytes] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    num_other_files: int = 0
+
+
+def list_class_folders(root: Path) -> list[str]:
+    """Names of the visible folders in `root`, sorted.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be read.
+    """
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"cannot read the folder {root}: {error.strerror}.") from error
+
+
+def find_images(root: Path, below: str) -> FoundImages:
+    """All images in the folder `below` of `root` and in its folders; links are followed, hidden files are not seen.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    found = FoundImages()
+    for path, size in sorted(_walk_files(root / below, seen=set())):
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+            found.names.append(os.fsencode(PurePosixPath(os.path.relpath(path, root))))
+            found.sizes.append(size)
+        else:
+            found.num_other_files += 1
+    return found
+
+
+def _walk_files(folder: str | Path, *, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # links that go round in a circle
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in visible:
+            if entry.is_dir():
+                yield from _walk_files(entry.path, seen=seen)
+            elif entry.is_file():
+                yield entry.path, entry.stat().st_size
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or folder}: {error.strerror}.") from error
+
+
+def read_folder(root: Path, *, limit_classes: int | None) -> ImageSet:
+    """List a class-per-folder tree, with or without train and val folders above the classes.
+
+    Classes are the sorted names of the class folders; those of the training images where there are two splits. The
+    key of a sample is class and path, joined by `_`.
+
+    Raises:
+        InputError: no such layout, or a validation class that is not among the training classes.
+    """
+    roots = find_split_folders(root)
+    classes = list_class_folders(next(iter(roots.values())))
+    if limit_classes is not None and not 1 <= limit_classes <= len(classes):
+        raise InputError(
+            f"--limit-classes must be between 1 and {len(classes)}, the number of classes, not {limit_classes}."
+        )
+    chosen = classes[:limit_classes]
+    splits: dict[str, Catalogue] = {}
+    notes = []
+    for split, folder in roots.items():
+        unknown = sorted(set(list_class_folders(folder)) - set(classes))
+        if unknown:
+            raise InputError(f"{folder} holds the class {unknown[0]}, which the training images do not have.")
+        splits[split], num_other = _read_split(folder, chosen)
+        others = f"; {num_other} other files are left alone" if num_other else ""
+        notes.append(f"{split}: {len(splits[split])} images of {len(chosen)} classes in {folder}{others}")
+    return ImageSet(chosen, splits, notes)
+
+
+def find_split_folders(root: Path) -> dict[str, Path]:
+    """Which folder holds the classes of which split: `root` itself is all training where it has no train folder."""
+    folders = list_class_folders(root)
+    if not folders:
+        raise InputError(f"{root} holds no class folders.")
+    train = [name for name in folders if name in TRAIN_FOLDERS]
+    validation = [name for name in VALIDATION_FOLDERS if name in folders]
+    if train and len(folders) - len(train) - len(validation) == 0:
+        splits = {"train": root / train[0]}
+        if validation:
+            splits["validation"] = root / validation[0]
+    else:
+        splits = {"train": root}
+    for folder in splits.values():
+        if not list_class_folders(folder):
+            raise InputError(f"{folder} holds no class folders.")
+    return splits
+
+
+def _read_split(root: Path, classes: list[str]) -> tuple[FileCatalogue, int]:
+    names: list[bytes] = []
+    sizes: list[int] = []
+    labels: list[int] = []
+    num_other = 0
+    for label, folder in enumerate(classes):
+        found = find_images(root, folder)
+        names += found.names
+        sizes += found.sizes
+        labels += [label] * len(found.names)
+        num_other += found.num_other_files
+    keys = number_repeated([_make_key(os.fsdecode(name)) for name in names])
+    return FileCatalogue(Listing(names, sizes, None), root=root, keys=keys, labels=labels, keep_folders=True), num_other
+
+
+def _make_key(name: str) -> bytes:
+    """`cat/03.jpg` -> `cat_03`, and `n01440764/n01440764_10026.JPEG` -> `n01440764_10026`."""
+    path = PurePosixPath(name)
+    parts = [*path.parts[:-1], path.stem]
+    if path.stem.startswith(f"{parts[0]}_"):
+        parts = parts[1:]
+    return clean_key("_".join(parts))

@@ -1,0 +1,217 @@
+"""What a folder of shards says of itself: settings, checksums, and the journal that lets a killed run go on.
+
+While packing runs, `packing.jsonl` holds the settings and a line for every finished shard. At the end the description
+files are written, `manifest.json` last, and the journal goes away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from data_prep.errors import InputError, OutputError
+from data_prep.shards import ShardEntry, sync_folder
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+JOURNAL = "packing.jsonl"
+INFO = "_info.json"
+SIZES = "sizes.json"
+SKIPPED = "skipped.jsonl"
+PARTIAL_SUFFIX = ".partial"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Settings that decide every byte of the shards, and the shards that are finished."""
+
+    settings: Mapping[str, Any]
+    shards: Sequence[ShardEntry]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.settings["classes"])
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished folder; None if there is none.
+
+    Raises:
+        InputError: it is there and cannot be understood.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise InputError(f"{path} has format {content['format']}, this program reads format {FORMAT}.")
+        return Manifest(content["settings"], [_entry_from_json(entry) for entry in content["shards"]])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _entry_from_json(content: Mapping[str, Any]) -> ShardEntry:
+    known = {field.name for field in fields(ShardEntry)} - {"kept"}
+    return ShardEntry(**{name: content[name] for name in known})
+
+
+class Journal:
+    """The append-only record of a packing run; it also keeps a second run out of the folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Open the folder for packing with these settings; `finished` then tells which shards are known to be done.
+
+        Raises:
+            InputError: the folder holds the work of another command, or another process is packing into it.
+        """
+        self.folder = folder
+        manifest = read_manifest(folder)
+        if manifest is None and not (folder / JOURNAL).exists():
+            _refuse_foreign_files(folder)
+        self._file = open(folder / JOURNAL, "a+b")  # noqa: SIM115  # closed by __exit__
+        try:
+            self._lock()
+            self.finished = self._take_over(settings, manifest)
+            for stale in folder.glob(f".*{PARTIAL_SUFFIX}"):
+                stale.unlink()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, entry: ShardEntry) -> None:
+        """Record a finished shard."""
+        self._append(entry.to_json())
+
+    def remove(self) -> None:
+        """Packing is complete and the manifest says so."""
+        (self.folder / JOURNAL).unlink()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process is packing into {self.folder}.") from error
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): do not start a second run on it", self.folder, error.strerror)
+
+    def _take_over(self, settings: Mapping[str, Any], manifest: Manifest | None) -> dict[str, ShardEntry]:
+        known = manifest or self._read_back()
+        if known is not None:
+            _refuse_other_settings(self.folder, known.settings, settings)
+        if known is None or known is manifest:
+            self._file.truncate(0)
+            self._append({"format": FORMAT, "settings": settings})
+        return {entry.name: entry for entry in known.shards} if known is not None else {}
+
+    def _read_back(self) -> Manifest | None:
+        """What an earlier run has recorded; a last line that a crash has torn is cut off."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        self._file.truncate(whole)
+        try:
+            lines = [json.loads(line) for line in content[:whole].splitlines()]
+            if not lines:
+                return None
+            return Manifest(lines[0]["settings"], [_entry_from_json(line) for line in lines[1:]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.folder / JOURNAL} is damaged: delete the folder and start again.") from error
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(line).encode("ascii") + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self.folder / JOURNAL}: {error.strerror}.") from error
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    foreign = sorted(path.name for path in folder.glob("*.tar"))
+    foreign += [name for name in (INFO, SIZES, SKIPPED) if (folder / name).exists()]
+    if foreign:
+        raise InputError(
+            f"{folder} holds {foreign[0]}, which no unfinished run of this program has left there: give an empty "
+            "folder."
+        )
+
+
+def _refuse_other_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        if name == "splits":
+            what = f"other images ({_describe_splits(before)}; now {_describe_splits(now)})"
+        elif name == "classes":
+            what = f"other classes ({len(before or ())} of them; now {len(now or ())})"
+        else:
+            what = f"{name} = {before} (now {now})"
+        raise InputError(
+            f"{folder} holds shards made with {what}: give another folder, or delete it; nothing was changed."
+        )
+
+
+def _describe_splits(splits: Mapping[str, Any] | None) -> str:
+    parts = (f"{name}: {facts['images']} images, {facts['sha256'][:8]}" for name, facts in (splits or {}).items())
+    return ", ".join(parts) or "none"
+
+
+def write_descriptions(folder: Path, *, dataset: str, manifest: Manifest) -> None:
+    """Write `_info.json` (timm), `sizes.json` (open_clip), `skipped.jsonl`, and last `manifest.json`.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    splits: dict[str, dict[str, Any]] = {}
+    for entry in manifest.shards:
+        info = splits.setdefault(
+            entry.split, {"name": entry.split, "num_samples": 0, "filenames": [], "shard_lengths": []}
+        )
+        info["num_samples"] += entry.num_samples
+        info["filenames"].append(entry.name)
+        info["shard_lengths"].append(entry.num_samples)
+    sizes = {entry.name: entry.num_samples for entry in manifest.shards}
+    skipped = [json.dumps(line) + "\n" for entry in manifest.shards for line in entry.skipped]
+    shards = [entry.to_json() for entry in manifest.shards]
+    content = {"format": FORMAT, "settings": manifest.settings, "shards": shards}
+    _replace_file(folder / INFO, json.dumps({"name": dataset, "splits": splits}, indent=1))
+    _replace_file(folder / SIZES, json.dumps(sizes, indent=1))
+    _replace_file(folder / SKIPPED, "".join(skipped))
+    _replace_file(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def _replace_file(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}.") from error

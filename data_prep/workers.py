@@ -1,0 +1,90 @@
+"""Independent tasks over several processes, with an end that is clean whatever ends it.
+
+Workers come from a fork server that has imported the given modules once, so they start at once and share that memory.
+They die with this process, even when it is killed, and Ctrl-C in a terminal is left to this process alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import TypeVar
+
+from data_prep.errors import OutputError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+TASKS_AHEAD = 2  # submitted per worker: enough to keep it busy, few enough to keep memory flat
+
+
+def available_cores() -> int:
+    """Cores this process may use (a container or a scheduler may allow fewer than the machine has)."""
+    if hasattr(os, "sched_getaffinity"):  # absent on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, preload: Sequence[str] = ()
+) -> Iterator[Result]:
+    """Yield `function(task)` for every task, in the order of completion; in this process when one worker is enough.
+
+    Tasks are taken from the iterable as they are needed. When the caller stops, by an exception or by closing the
+    iterator, workers are ended at once. The fork server imports the modules in `preload` when it starts, which is at
+    the first call in this process.
+
+    Raises:
+        OutputError: a worker was killed from outside, most often for want of memory.
+        Exception: the first exception that a task raises.
+    """
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    before = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    try:
+        yield from _run_window(executor, function, iter(tasks), workers * TASKS_AHEAD)
+    except BrokenProcessPool as error:
+        raise OutputError(
+            "a worker process was killed from outside, perhaps for want of memory: give fewer --workers."
+        ) from error
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_window(
+    executor: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterator[Task], width: int
+) -> Iterator[Result]:
+    pending: set[Future[Result]] = {executor.submit(function, task) for task in itertools.islice(tasks, width)}
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            pending.update(executor.submit(function, task) for task in itertools.islice(tasks, 1))
+            yield future.result()
+
+
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

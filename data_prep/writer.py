@@ -1,0 +1,154 @@
+"""Writing one shard, so that it exists whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from data_prep.catalogue import ByteRange, Record
+from data_prep.errors import OutputError, UndecodableError
+from data_prep.images import StoredImage, check_file_size, prepare_image
+from data_prep.shards import ShardEntry, file_sha256, sync_folder
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Everything a worker needs to write one shard; `finished` describes the one that is there already, if any."""
+
+    folder: Path
+    name: str
+    split: str
+    records: list[Record]
+    resize_shorter: int | None
+    quality: int
+    finished: ShardEntry | None = None
+
+
+class ShardFile:
+    """A file that counts and hashes what is written to it.
+
+    After a failed write it swallows the rest: tarfile writes once more while it is closed, and the first error is
+    the one to report.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write all of `data`; an error is kept for finish() to raise."""
+        if self.error is None:
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError as error:
+                self.error = error
+            self._digest.update(data)
+            self.num_bytes += len(data)
+        return len(data)
+
+    def finish(self) -> str:
+        """Force the bytes to the disk and return their SHA-256.
+
+        Raises:
+            OSError: any write failed.
+        """
+        if self.error is not None:
+            raise self.error
+        os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finish_shard(task: ShardTask) -> ShardEntry:
+    """Write the shard, or keep the one that is there if it has the expected checksum.
+
+    Raises:
+        OutputError: the shard cannot be written (no half shard is left under its name).
+        InputError: an image cannot be read (one that is read but does not decode is left out and recorded).
+    """
+    path = task.folder / task.name
+    if task.finished is not None and file_sha256(path) == task.finished.sha256:
+        return replace(task.finished, kept=True)
+    partial = task.folder / f".{task.name}.{os.getpid()}{PARTIAL_SUFFIX}"
+    try:
+        entry = _write_partial(task, partial)
+        os.replace(partial, path)
+        sync_folder(task.folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; the finished shards are whole, and the same command goes on from "
+            "there."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return entry
+
+
+def _write_partial(task: ShardTask, partial: Path) -> ShardEntry:
+    skipped: list[dict[str, str]] = []
+    num_samples = num_disguised = num_reencoded = 0
+    file = ShardFile(partial)
+    try:
+        with TarWriter(file, encoder=False, mtime=0) as writer:
+            for record, image in _prepare_images(task, skipped):
+                writer.write(_sample(record, image))
+                num_samples += 1
+                num_reencoded += image.reencoded
+                num_disguised += not image.reencoded and _is_disguised(record.filename, image.extension)
+                if file.error is not None:
+                    break
+        sha256 = file.finish()
+    finally:
+        file.close()
+    return ShardEntry(
+        task.name,
+        task.split,
+        sha256=sha256,
+        num_bytes=file.num_bytes,
+        num_samples=num_samples,
+        num_disguised=num_disguised,
+        num_reencoded=num_reencoded,
+        skipped=skipped,
+    )
+
+
+def _prepare_images(task: ShardTask, skipped: list[dict[str, str]]) -> Iterator[tuple[Record, StoredImage]]:
+    for record in task.records:
+        try:
+            if isinstance(record.source, ByteRange):
+                check_file_size(record.source.size)
+            image = prepare_image(record.source.read(), resize_shorter=task.resize_shorter, quality=task.quality)
+        except UndecodableError as error:
+            skipped.append({"split": task.split, "key": record.key, "filename": record.filename, "reason": str(error)})
+            continue
+        yield record, image
+
+
+def _is_disguised(filename: str, extension: str) -> bool:
+    suffix = PurePosixPath(filename).suffix.lower().replace("jpeg", "jpg")
+    return suffix != f".{extension}"
+
+
+def _sample(record: Record, image: StoredImage) -> dict[str, Any]:
+    facts = {"filename": record.filename, "label": record.label, "height": image.height, "width": image.width}
+    return {
+        "__key__": record.key,
+        image.extension: image.data,
+        "cls": str(record.label).encode("ascii"),
+        "json": json.dumps(facts).encode("ascii"),
+    }
