@@ -1,0 +1,121 @@
+"""What happens to a decoded image before it joins a batch: LocalMIM's crop, evaluation's crop, fine-tuning's set.
+
+Each transform is a frozen setting with one method, and writes its uint8 result into the batch. Normalising, erasing
+and mixing happen on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from vitfreeze.data.decoding import resize_crop
+from vitfreeze.data.order import SampleRandom
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_CROP_ATTEMPTS = 10
+
+
+class Transform(Protocol):
+    """Anything that makes one uint8 (3, H, W) image of decoded pixels (H, W, 3)."""
+
+    @property
+    def img_size(self) -> int:
+        """Side of the image in pixels."""
+
+    def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
+        """Write the image into `out`, drawing every random number from `random`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop:
+    """LocalMIM's augmentation: a random rectangle resized to a square, bicubic, and mirrored half of the time.
+
+    The rectangle is that of Inception (Szegedy et al. 2015), as torchvision's RandomResizedCrop draws it.
+
+    Args:
+        img_size: side of the result in pixels.
+        scale: least and greatest share of the image's area.
+        ratio: least and greatest width / height.
+        hflip: probability of mirroring.
+    """
+
+    img_size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.img_size < 1:
+            raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {self.scale}; it must be two shares with 0 < least <= greatest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}; it must be two numbers with 0 < least <= greatest")
+        if not 0 <= self.hflip <= 1:
+            raise ValueError(f"hflip is {self.hflip}; a probability lies between 0 and 1")
+
+    def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
+        draws = random.uniform(3 + 2 * _CROP_ATTEMPTS).tolist()
+        box = self.box(pixels.shape[0], pixels.shape[1], draws[1:])
+        image = resize_crop(pixels, box, (self.img_size, self.img_size))
+        out.copy_(image.flip(-1) if draws[0] < self.hflip else image)
+
+    def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
+        """Return top, left, height, width of the rectangle that 2 + 2 * 10 uniform numbers choose."""
+        place_y, place_x = draws[:2]
+        log_least, log_greatest = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for attempt in range(1, _CROP_ATTEMPTS + 1):
+            area_draw, ratio_draw = draws[2 * attempt : 2 * attempt + 2]
+            area = height * width * (self.scale[0] + area_draw * (self.scale[1] - self.scale[0]))
+            aspect = math.exp(log_least + ratio_draw * (log_greatest - log_least))
+            crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top, left = int(place_y * (height - crop_height + 1)), int(place_x * (width - crop_width + 1))
+                return top, left, crop_height, crop_width
+        return _central_box(height, width, self.ratio)
+
+
+def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Return the largest central rectangle whose shape is allowed."""
+    if width / height < ratio[0]:
+        crop_height, crop_width = max(1, round(width / ratio[0])), width
+    elif width / height > ratio[1]:
+        crop_height, crop_width = height, max(1, round(height * ratio[1]))
+    else:
+        crop_height, crop_width = height, width
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop:
+    """Evaluation: the shorter side to img_size / crop_pct, bicubic, then the central square.
+
+    The default 0.875 is the usual 256 -> 224.
+    """
+
+    img_size: int
+    crop_pct: float = 0.875
+
+    def __post_init__(self) -> None:
+        if self.img_size < 1:
+            raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
+
+    def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
+        height, width = pixels.shape[:2]
+        shorter = round(self.img_size / self.crop_pct)
+        if height < width:
+            size = (shorter, int(shorter * width / height))
+        else:
+            size = (int(shorter * height / width), shorter)
+        image = resize_crop(pixels, (0, 0, height, width), size)
+        top, left = round((size[0] - self.img_size) / 2), round((size[1] - self.img_size) / 2)
+        out.copy_(image[:, top : top + self.img_size, left : left + self.img_size])

@@ -1,0 +1,11 @@
+"""What the input pipeline raises."""
+
+from __future__ import annotations
+
+
+class ShardError(ValueError):
+    """A shard, or the list of them, cannot be used; one sentence names it and says what is wrong."""
+
+
+class BadSampleError(ValueError):
+    """One sample cannot be used; the message says why in a few words."""

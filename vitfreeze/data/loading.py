@@ -1,0 +1,676 @@
+"""Shards -> batches, by worker processes, in an order that knows nothing of the processes.
+
+Batch `m` of optimizer step `s` is a plain function of (seed, s, m): a request says which places of which epoch it
+covers, any worker can serve it, and torch's DataLoader hands the answers out in the order of the requests. So resuming
+is starting at another step, and ranks, workers and accumulation change who makes a batch but not what is in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from vitfreeze.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, Transform
+from vitfreeze.data.decoding import MAX_IMAGE_PIXELS, decode_image
+from vitfreeze.data.downloads import DownloadCache, cut_query, default_cache_dir
+from vitfreeze.data.errors import BadSampleError, ShardError
+from vitfreeze.data.order import EpochOrder, SampleRandom
+from vitfreeze.data.shards import Sample, ShardReader, ShardSet, find_shards
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedSample:
+    """A sample that could not be used."""
+
+    index: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch, on the CPU.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, contiguous; `normalize` them on the device.
+        labels: (B,) int64 class indices, -1 where the shards have none.
+        noise: (B, L) float32 in [0, 1), from which the model draws its mask; (B, 0) in evaluation.
+        keys: the samples' keys.
+        indices: (B,) int64, each sample's place in the concatenation of all shards.
+        epoch: epoch the samples belong to, from 0.
+        step: optimizer step, from 0; number of the batch in evaluation.
+        wait_seconds: how long the caller waited for this batch.
+        work_seconds: how long one worker took to make it.
+        skipped: samples met on the way that could not be used.
+        fallbacks: images that Pillow had to decode.
+    """
+
+    images: Tensor
+    labels: Tensor
+    noise: Tensor
+    keys: Sequence[str]
+    indices: Tensor
+    epoch: int
+    step: int
+    wait_seconds: float
+    work_seconds: float
+    skipped: Sequence[SkippedSample] = ()
+    fallbacks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What this rank met in one epoch.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        images: images decoded.
+        fallbacks: how many of them Pillow decoded.
+        skipped: the samples that could not be used, once each.
+    """
+
+    epoch: int
+    images: int
+    fallbacks: int
+    skipped: Sequence[SkippedSample]
+
+    @property
+    def skipped_per_shard(self) -> Mapping[str, int]:
+        """Number of unusable samples of each shard that has any."""
+        return Counter(sample.shard for sample in self.skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """Crops start..stop of an epoch: crop c belongs to the image at place c // crops_per_image."""
+
+    epoch: int
+    step: int
+    start: int
+    stop: int
+
+
+@dataclass(kw_only=True)
+class _BatchMaker(Dataset):
+    """Answers requests. Every worker process has a copy."""
+
+    reader: ShardReader
+    order: EpochOrder | None  # None: in the order of the shards
+    starts: np.ndarray
+    transform: Transform
+    seed: int
+    num_patches: int
+    crops_per_image: int
+    replace_bad: bool
+    max_image_pixels: int
+    _random: SampleRandom | None = field(default=None, init=False)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_random": None}
+
+    def __getitem__(self, request: _Request) -> dict[str, Any]:
+        begin = time.perf_counter()
+        try:
+            parts = self._make(request)
+        except ShardError as error:
+            return {"error": str(error)}  # one sentence; torch would wrap it into the worker's traceback
+        return parts | {"epoch": request.epoch, "step": request.step, "work_seconds": time.perf_counter() - begin}
+
+    def _make(self, request: _Request) -> dict[str, Any]:
+        if self._random is None:
+            self._random = SampleRandom(self.seed)
+        first, last = request.start // self.crops_per_image, request.stop // self.crops_per_image
+        if self.order is None:
+            wanted = np.arange(first, last, dtype=np.int64)
+        else:
+            wanted = self.order.indices(request.epoch, first, last)
+        self._announce(wanted)
+        size, skipped = self.transform.img_size, list[SkippedSample]()
+        images = _empty((request.stop - request.start, 3, size, size), torch.uint8)
+        noise = _empty((len(images), self.num_patches), torch.float32)
+        noise_rows = noise.numpy()
+        keys, labels, indices, fallbacks, row = list[str](), list[int](), list[int](), 0, 0
+        for index in wanted.tolist():
+            found = self._decode(index, skipped)
+            if found is None:
+                continue
+            sample, used_index, pixels, fell_back = found
+            fallbacks += fell_back
+            for crop in range(self.crops_per_image):
+                self._random.seek(epoch=request.epoch, sample=index, crop=crop)
+                self.transform.apply(pixels, self._random, images[row])
+                self._random.fill(noise_rows[row])
+                row += 1
+            keys += [sample.key] * self.crops_per_image
+            labels += [sample.label] * self.crops_per_image
+            indices += [used_index] * self.crops_per_image
+        return {
+            "images": images[:row],
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "noise": noise[:row],
+            "keys": keys,
+            "indices": torch.tensor(indices, dtype=torch.int64),
+            "skipped": skipped,
+            "fallbacks": fallbacks,
+        }
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+    def _announce(self, indices: np.ndarray) -> None:
+        """Let the system fetch what this batch will read while its first images are being decoded."""
+        for index in indices.tolist():
+            shard, place = self._locate(index)
+            try:
+                self.reader.expect(shard, self.reader.sample(shard, place))
+            except BadSampleError:
+                continue  # met again, and counted, when its turn comes
+
+    def _decode(self, index: int, skipped: list[SkippedSample]) -> tuple[Sample, int, np.ndarray, bool] | None:
+        """Decode a sample, or the next good one of its shard in its stead; None where nothing shall replace it.
+
+        Raises:
+            ShardError: no sample of the shard is usable.
+        """
+        shard, place = self._locate(index)
+        length = self.reader.length(shard)
+        for offset in range(length if self.replace_bad else 1):
+            there = (place + offset) % length
+            try:
+                sample = self.reader.sample(shard, there)
+                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.max_image_pixels)
+                return sample, index - place + there, image.pixels, image.fell_back
+            except BadSampleError as error:
+                skipped.append(
+                    SkippedSample(
+                        index=index - place + there,
+                        shard=cut_query(self.reader.shards.names[shard]),
+                        key=self.reader.key(shard, there),
+                        reason=str(error),
+                    )
+                )
+        if not self.replace_bad:
+            return None
+        name = cut_query(self.reader.shards.names[shard])
+        raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {skipped[-1].reason})")
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor; in a worker, in memory that the main process can map without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+class _Tally:
+    """Counts what one epoch meets, and ends the run when too much of it is unusable."""
+
+    def __init__(self, epoch: int, *, expected_images: int, max_bad_fraction: float) -> None:
+        self.epoch = epoch
+        self.images = 0
+        self.fallbacks = 0
+        self.skipped: dict[int, SkippedSample] = {}
+        self.expected_images = expected_images
+        self.max_bad_fraction = max_bad_fraction
+
+    def add(self, skipped: Iterable[SkippedSample], *, images: int, fallbacks: int) -> None:
+        self.images += images
+        self.fallbacks += fallbacks
+        self.skipped |= {sample.index: sample for sample in skipped}
+        if len(self.skipped) > self.max_bad_fraction * self.expected_images:
+            raise ShardError(
+                f"{len(self.skipped)} of the {self.expected_images} samples of epoch {self.epoch} on this rank are "
+                f"unusable, over data.max_bad_fraction={self.max_bad_fraction:g}: {self._worst()}"
+            )
+
+    def _worst(self) -> str:
+        counts = Counter(sample.shard for sample in self.skipped.values())
+        reasons = {sample.shard: f"{sample.key}: {sample.reason}" for sample in self.skipped.values()}
+        parts = [f"{shard} ({count}; {reasons[shard]})" for shard, count in counts.most_common(3)]
+        return ", ".join(parts) + (", ..." if len(counts) > 3 else "")
+
+    def report(self) -> EpochReport:
+        if self.skipped:
+            _log.warning("epoch %d: %d samples were unusable: %s", self.epoch, len(self.skipped), self._worst())
+        if self.fallbacks:
+            _log.info("epoch %d: Pillow decoded %d of %d images", self.epoch, self.fallbacks, self.images)
+        return EpochReport(
+            epoch=self.epoch, images=self.images, fallbacks=self.fallbacks, skipped=tuple(self.skipped.values())
+        )
+
+
+def _start_worker(_: int) -> None:
+    """Prepare a worker: Ctrl-C is the main process's to handle, and one image at a time needs one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _return_as_is(parts: Any) -> Any:
+    return parts
+
+
+class _Loader:
+    """What the loaders for training and evaluation share: the shards, the workers and the account of an epoch."""
+
+    def __init__(
+        self,
+        shards: str | PathLike[str] | Sequence[str],
+        *,
+        split: str,
+        rank: int,
+        world_size: int,
+        workers: int,
+        prefetch: int,
+        pin_memory: bool | None,
+        num_classes: int | None,
+        max_bad_fraction: float,
+        allow_pipe: bool,
+        cache_dir: str | PathLike[str] | None,
+        cache_gigabytes: float,
+        open_shards: int,
+    ) -> None:
+        _check_least(rank=(rank, 0), world_size=(world_size, rank + 1), workers=(workers, 0), prefetch=(prefetch, 1))
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {max_bad_fraction:g}; a share lies between 0 and 1")
+        self.rank, self.world_size = rank, world_size
+        self.workers, self.prefetch = workers, prefetch
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.max_bad_fraction = max_bad_fraction
+        folder = Path(cache_dir) if cache_dir else default_cache_dir()
+        self.reader = ShardReader(
+            find_shards(shards, split=split, allow_pipe=allow_pipe),
+            downloads=DownloadCache(folder / "shards", max_bytes=cache_gigabytes * 1e9),
+            index_dir=folder / "index",
+            num_classes=num_classes,
+            open_shards=open_shards,
+        )
+        self.lengths = [self.reader.length(shard) for shard in range(len(self.shards.names))]
+        self.starts = np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))])
+        self.num_samples = int(self.starts[-1])
+        self._reports: list[EpochReport] = []
+        self._work_seconds = self._work_images = 0.0
+
+    @property
+    def shards(self) -> ShardSet:
+        """The shards that are read."""
+        return self.reader.shards
+
+    def take_reports(self) -> list[EpochReport]:
+        """Return the reports of the epochs that ended since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def workers_needed(self, seconds_per_image: float) -> int:
+        """Return how many workers per rank keep up with a device, judged by the batches made so far.
+
+        Args:
+            seconds_per_image: time the device takes per image of a micro-batch, without waiting.
+
+        Raises:
+            ValueError: no batch was made yet, or the time is not positive.
+        """
+        if not self._work_images:
+            raise ValueError("the need for workers is measured from batches, and none was made yet")
+        return workers_needed(self._work_seconds / self._work_images, seconds_per_image=seconds_per_image)
+
+    def _serve(self, maker: _BatchMaker, requests: Iterable[_Request], pin_memory: bool) -> Iterator[Batch]:
+        loader: DataLoader = DataLoader(
+            maker,
+            sampler=requests,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            collate_fn=_return_as_is,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+        )
+        batches = iter(loader)
+        try:
+            while True:
+                begin = time.perf_counter()
+                parts = next(batches, None)
+                if parts is None:
+                    return
+                if "error" in parts:
+                    raise ShardError(parts["error"])
+                self._work_seconds += parts["work_seconds"]
+                self._work_images += len(parts["images"])
+                yield Batch(**parts, wait_seconds=time.perf_counter() - begin)
+        finally:
+            del batches  # its end stops the workers, also on Ctrl-C and when the caller stops early
+            maker.reader.close()
+
+
+class TrainLoader(_Loader):
+    """Batches for training, in an order that depends on (seed, epoch) only.
+
+    Every epoch shows every sample once, `crops_per_image` crops of each, less the remainder that fills no global
+    batch. Global batch `s` of an epoch is places s*G..(s+1)*G of its crops; micro-batch `m` of rank `r` is places
+    (m * world_size + r) * micro_batch onward of it.
+
+    A sample that cannot be decoded is replaced by the next good one of its shard, with the augmentation and mask that
+    the missing one would have had, so that batches keep their size and everyone else their place.
+
+    Args:
+        shards: a folder, a brace pattern, a URL, or a list of such; see `find_shards`.
+        img_size: side of the images in pixels.
+        num_patches: patches per image, L: that many numbers of noise are drawn for each crop.
+        global_batch: crops per optimizer step over all ranks.
+        micro_batch: crops per rank and forward pass.
+        rank: number of this process.
+        world_size: number of processes.
+        seed: decides the order, the crops and the noise.
+        workers: decoding processes; 0 decodes in the calling process.
+        crops_per_image: independent crops and masks taken from one decoded image. An epoch has that many times as
+            many crops, and steps.
+        crop_scale: least and greatest share of the image's area in a crop.
+        transform: replaces the random crop, for fine-tuning; `img_size` and `crop_scale` are then its own.
+        split: which split of a folder's `_info.json`.
+        num_classes: labels must exist and be smaller; None: labels are not looked at.
+        prefetch: batches that each worker keeps ready.
+        pin_memory: page-locked batches, for asynchronous copies; default: when CUDA is there.
+        max_bad_fraction: share of this rank's samples of an epoch that may be unusable before it is an error.
+        max_image_pixels: largest image that is decoded.
+        allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command.
+        cache_dir: folder for fetched shards and for the shards' headers; default: the user's cache.
+        cache_gigabytes: bound on the fetched shards.
+        window_shards: how many shards are shuffled together; see `EpochOrder`.
+
+    Raises:
+        ShardError: a shard is missing or unusable.
+        ValueError: numbers that do not divide, or fewer samples than a global batch.
+    """
+
+    def __init__(
+        self,
+        shards: str | PathLike[str] | Sequence[str],
+        *,
+        img_size: int,
+        num_patches: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        workers: int = 8,
+        crops_per_image: int = 1,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        transform: Transform | None = None,
+        split: str = "train",
+        num_classes: int | None = None,
+        prefetch: int = 4,
+        pin_memory: bool | None = None,
+        max_bad_fraction: float = 0.001,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        allow_pipe: bool = False,
+        cache_dir: str | PathLike[str] | None = None,
+        cache_gigabytes: float = 200.0,
+        window_shards: int = 16,
+    ) -> None:
+        _check_least(seed=(seed, 0), crops_per_image=(crops_per_image, 1), num_patches=(num_patches, 0))
+        self.global_batch, self.crops_per_image = global_batch, crops_per_image
+        self.world_size = world_size
+        self.accumulation(micro_batch)
+        self.micro_batch = micro_batch
+        super().__init__(
+            shards,
+            split=split,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+            num_classes=num_classes,
+            max_bad_fraction=max_bad_fraction,
+            allow_pipe=allow_pipe,
+            cache_dir=cache_dir,
+            cache_gigabytes=cache_gigabytes,
+            open_shards=2 * window_shards + 8,
+        )
+        order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
+        self.steps_per_epoch = self.num_samples * crops_per_image // global_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"the shards hold {self.num_samples} samples, {self.num_samples * crops_per_image} crops with "
+                f"crops_per_image={crops_per_image}: fewer than one global batch of {global_batch}"
+            )
+        self._maker = _BatchMaker(
+            reader=self.reader,
+            order=order,
+            starts=self.starts,
+            transform=transform or RandomCrop(img_size=img_size, scale=crop_scale),
+            seed=seed,
+            num_patches=num_patches,
+            crops_per_image=crops_per_image,
+            replace_bad=True,
+            max_image_pixels=max_image_pixels,
+        )
+
+    def accumulation(self, micro_batch: int) -> int:
+        """Return how many micro-batches of a size make this rank's share of a global batch.
+
+        Raises:
+            ValueError: they do not divide.
+        """
+        _check_least(micro_batch=(micro_batch, 1), global_batch=(self.global_batch, 1))
+        at_once = micro_batch * self.world_size
+        if self.global_batch % at_once:
+            raise ValueError(
+                f"a global batch of {self.global_batch} is not a multiple of micro-batch {micro_batch} x "
+                f"{self.world_size} ranks = {at_once}"
+            )
+        if micro_batch % self.crops_per_image:
+            raise ValueError(
+                f"a micro-batch of {micro_batch} is not a multiple of crops_per_image={self.crops_per_image}, so the "
+                "crops of one decoded image would part"
+            )
+        return self.global_batch // at_once
+
+    def position(self, step: int) -> Mapping[str, int]:
+        """Return {epoch, samples_consumed}: the epoch a step belongs to and the images of it that came before."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return {"epoch": epoch, "samples_consumed": step_in_epoch * self.global_batch // self.crops_per_image}
+
+    def batches(self, start_step: int, total_steps: int, *, micro_batch: int | None = None) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of steps start_step..total_steps, across epochs, by the same workers.
+
+        Starting anywhere costs the same. Close the iterator (or let it go) to stop the workers.
+
+        Args:
+            start_step: first optimizer step, from 0.
+            total_steps: the step to stop before.
+            micro_batch: another size of micro-batch than the loader's, for the same global batches.
+
+        Raises:
+            ShardError: a shard is unusable, or more samples than `max_bad_fraction` are.
+            ValueError: the steps are not in order, or the micro-batch does not divide.
+        """
+        if not 0 <= start_step <= total_steps:
+            raise ValueError(f"steps {start_step} to {total_steps} are not a stretch of a run")
+        size = micro_batch or self.micro_batch
+        requests = self._requests(start_step, total_steps, size, self.accumulation(size))
+        tally: _Tally | None = None
+        for batch in self._serve(self._maker, requests, self.pin_memory):
+            if tally is None or batch.epoch != tally.epoch:
+                if tally is not None:
+                    self._reports.append(tally.report())
+                expected = self.steps_per_epoch * self.global_batch // self.crops_per_image // self.world_size
+                tally = _Tally(batch.epoch, expected_images=expected, max_bad_fraction=self.max_bad_fraction)
+            tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
+            yield batch
+        if tally is not None:
+            self._reports.append(tally.report())
+
+    def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[_Request]:
+        for step in range(start_step, total_steps):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            for number in range(accumulation):
+                start = step_in_epoch * self.global_batch + (number * self.world_size + self.rank) * micro_batch
+                yield _Request(epoch=epoch, step=step, start=start, stop=start + micro_batch)
+
+
+class EvalLoader(_Loader):
+    """Batches for evaluation: every sample exactly once over all ranks, in the order of the shards.
+
+    Rank r reads a contiguous share; shares differ by at most one sample, so ranks may differ by one batch. Nothing is
+    padded or repeated: the last batch is smaller, and a sample that cannot be decoded is left out and reported.
+
+    Args:
+        shards: as for `TrainLoader`.
+        img_size: side of the images in pixels.
+        batch_size: images per batch.
+        rank: number of this process.
+        world_size: number of processes.
+        workers: decoding processes.
+        crop_pct: side of the crop over the shorter side it is cut from; 0.875 is 224 of 256.
+        split, num_classes, prefetch, pin_memory, max_bad_fraction, max_image_pixels, allow_pipe, cache_dir,
+            cache_gigabytes: as for `TrainLoader`.
+    """
+
+    def __init__(
+        self,
+        shards: str | PathLike[str] | Sequence[str],
+        *,
+        img_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 8,
+        crop_pct: float = 0.875,
+        split: str = "validation",
+        num_classes: int | None = None,
+        prefetch: int = 4,
+        pin_memory: bool | None = None,
+        max_bad_fraction: float = 0.001,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        allow_pipe: bool = False,
+        cache_dir: str | PathLike[str] | None = None,
+        cache_gigabytes: float = 200.0,
+    ) -> None:
+        _check_least(batch_size=(batch_size, 1))
+        super().__init__(
+            shards,
+            split=split,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+            num_classes=num_classes,
+            max_bad_fraction=max_bad_fraction,
+            allow_pipe=allow_pipe,
+            cache_dir=cache_dir,
+            cache_gigabytes=cache_gigabytes,
+            open_shards=8,
+        )
+        self.batch_size = batch_size
+        self._maker = _BatchMaker(
+            reader=self.reader,
+            order=None,
+            starts=self.starts,
+            transform=CenterCrop(img_size=img_size, crop_pct=crop_pct),
+            seed=0,
+            num_patches=0,
+            crops_per_image=1,
+            replace_bad=False,
+            max_image_pixels=max_image_pixels,
+        )
+
+    @property
+    def share(self) -> range:
+        """Indices of the samples that this rank reads."""
+        return range(
+            self.num_samples * self.rank // self.world_size, self.num_samples * (self.rank + 1) // self.world_size
+        )
+
+    def __len__(self) -> int:
+        """Number of batches on this rank."""
+        return -(-len(self.share) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        tally = _Tally(0, expected_images=len(self.share), max_bad_fraction=self.max_bad_fraction)
+        requests = (
+            _Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
+            for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
+        )
+        for batch in self._serve(self._maker, requests, self.pin_memory):
+            tally.add(batch.skipped, images=len(batch.images), fallbacks=batch.fallbacks)
+            if len(batch.images):
+                yield batch
+        self._reports.append(tally.report())
+
+
+def _check_least(**settings: tuple[int, int]) -> None:
+    for name, (value, least) in settings.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def workers_needed(work_seconds_per_image: float, *, seconds_per_image: float) -> int:
+    """Return how many workers make images as fast as a device takes them.
+
+    Args:
+        work_seconds_per_image: time one worker takes per image.
+        seconds_per_image: time the device takes per image.
+
+    Raises:
+        ValueError: a time is not positive.
+    """
+    if work_seconds_per_image <= 0 or seconds_per_image <= 0:
+        raise ValueError(f"times per image must be positive, not {work_seconds_per_image:g} and {seconds_per_image:g}")
+    return math.ceil(work_seconds_per_image / seconds_per_image)
+
+
+def normalize(
+    images: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Tensor:
+    """Turn uint8 images into normalised ones, on the device they are on.
+
+    Computed in float32 whatever the result's type.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        dtype: type of the result.
+        mean, std: of each channel, for values from 0 to 1.
+
+    Returns:
+        (B, 3, H, W) of `dtype`.
+
+    Raises:
+        ValueError: the images are not uint8, and so probably normalised already.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"normalize takes uint8 images, not {images.dtype}")
+    scale, shift = _affine(images.device, mean, std)
+    return torch.addcmul(shift, images.float(), scale).to(dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _affine(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return x -> (x / 255 - mean) / std as one factor and one summand; kept, as copying them would halt the device."""
+    mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    scale, shift = 1 / (255 * std_C), -mean_C / std_C
+    return scale.float().view(1, 3, 1, 1).to(device), shift.float().view(1, 3, 1, 1).to(device)

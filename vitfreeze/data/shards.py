@@ -1,0 +1,462 @@
+"""Tar files of samples: which there are, how many samples each holds, and where in the file each sample lies.
+
+A sample is a run of neighbouring members with one key: KEY.jpg (or jpeg, png, webp), KEY.cls with an ASCII integer,
+and anything else, which is ignored. Tar headers are read once per shard; afterwards a sample costs one read at a known
+offset. Members are read by offset alone: nothing is unpickled, executed or written, and no member's name is ever used
+as a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from braceexpand import braceexpand
+
+from vitfreeze.data.downloads import DownloadCache, cut_query, is_remote
+from vitfreeze.data.errors import BadSampleError, ShardError
+
+_log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+LABEL_EXTENSION = "cls"
+_BLOCK = 512
+_INDEX_VERSION = 1
+_LONGEST_LABEL = 32  # bytes; a class index needs fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where the samples of one shard lie.
+
+    Attributes:
+        keys: the samples' keys.
+        offsets: (n,) int64, first byte of each image in the shard.
+        sizes: (n,) int64, bytes of each image.
+        labels: (n,) int64 class index; -1 where the shard names none.
+        defects: why a sample cannot be used, by its place in the shard.
+        complete: whether the archive ends as tar archives do, with a block of zeros.
+    """
+
+    keys: Sequence[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    defects: Mapping[int, str]
+    complete: bool
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass
+class _Draft:
+    """One sample while its members are met."""
+
+    key: str
+    images: list[tuple[int, int]] = field(default_factory=list)
+    labels: list[bytes] = field(default_factory=list)
+
+
+def index_shard(file: BinaryIO, *, name: str) -> ShardIndex:
+    """Read the headers of a tar file.
+
+    Args:
+        file: the shard, opened for reading in binary.
+        name: how to call it in messages.
+
+    Raises:
+        ShardError: it is not an uncompressed tar file.
+    """
+    drafts: list[_Draft] = []
+    size = os.fstat(file.fileno()).st_size
+    try:
+        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is the caller's to close
+    except tarfile.TarError as error:
+        raise ShardError(_describe_foreign_file(file, name, size)) from error
+    try:
+        for member in archive:
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                continue
+            key, extension = split_member_name(member.name)
+            if not drafts or drafts[-1].key != key:
+                drafts.append(_Draft(key))
+            if extension in IMAGE_EXTENSIONS:
+                drafts[-1].images.append((member.offset_data, member.size))
+            elif extension == LABEL_EXTENSION:
+                drafts[-1].labels.append(os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset_data))
+    except tarfile.TarError:
+        pass  # cut in the middle: tarfile says so for some cuts and is silent for others, so the end is looked at
+    end = os.pread(file.fileno(), _BLOCK, archive.offset)
+    return _build_index(drafts, file_size=size, complete=len(end) == _BLOCK and not any(end))
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """Return (key, lower-case extension); as in WebDataset, the first dot of the last path component parts them."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _build_index(drafts: Sequence[_Draft], *, file_size: int, complete: bool) -> ShardIndex:
+    offsets, sizes = np.full(len(drafts), -1, np.int64), np.zeros(len(drafts), np.int64)
+    labels, defects = np.full(len(drafts), -1, np.int64), {}
+    seen: set[str] = set()
+    for place, draft in enumerate(drafts):
+        defect = _find_defect(draft, seen, file_size)
+        seen.add(draft.key)
+        if defect:
+            defects[place] = defect
+            continue
+        offsets[place], sizes[place] = draft.images[0]
+        if draft.labels:
+            labels[place] = int(draft.labels[0])
+    keys = [draft.key for draft in drafts]
+    return ShardIndex(keys=keys, offsets=offsets, sizes=sizes, labels=labels, defects=defects, complete=complete)
+
+
+def _find_defect(draft: _Draft, seen: set[str], file_size: int) -> str:
+    if draft.key in seen:
+        return "its key occurs twice in the shard"
+    if not draft.images:
+        return "it has no image"
+    if len(draft.images) > 1:
+        return f"it has {len(draft.images)} images"
+    if len(draft.labels) > 1:
+        return f"it has {len(draft.labels)} labels"
+    if sum(draft.images[0]) > file_size:
+        return "the shard ends in the middle of it"
+    if draft.labels and not (draft.labels[0].strip().isdigit() and int(draft.labels[0]) < 2**31):
+        return f"its label {draft.labels[0]!r} is not a class index"
+    return ""
+
+
+def _describe_foreign_file(file: BinaryIO, name: str, size: int) -> str:
+    head = os.pread(file.fileno(), 64, 0)
+    if not size:
+        return f"shard {name} is empty; fetch it again"
+    if head[:2] == b"\x1f\x8b":
+        return f"shard {name} is compressed by gzip, which cannot be read by offset; decompress it"
+    if head.lstrip()[:1] == b"<":
+        return (
+            f"shard {name} is a web page ({head[:40].decode('latin-1').strip()!r}...), not a tar file; fetch it again"
+        )
+    return f"shard {name} is not a tar file (it begins with {head[:16]!r}); fetch it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet:
+    """The shards of one split.
+
+    Attributes:
+        names: path or URL of each shard.
+        lengths: samples that each shard is said to hold; None where only its headers can tell.
+    """
+
+    names: tuple[str, ...]
+    lengths: tuple[int | None, ...]
+
+
+def find_shards(source: str | os.PathLike[str] | Sequence[str], *, split: str, allow_pipe: bool = False) -> ShardSet:
+    """List the shards that a source names.
+
+    Args:
+        source: a folder or the URL of one (ends in '/'), a path or URL with or without braces, or a list of such.
+            What `_info.json` or `sizes.json` beside the shards says of their lengths is believed until the headers
+            are read.
+        split: which split of a folder's `_info.json` is wanted, for example 'train' or 'validation'.
+        allow_pipe: whether 'pipe:COMMAND' may run a shell command and read its output.
+
+    Raises:
+        ShardError: nothing is there, a shard is named twice, or 'pipe:' is not allowed.
+    """
+    sources = [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(item) for item in source]
+    names: list[str] = []
+    for item in sources:
+        if item.startswith("pipe:") and not allow_pipe:
+            raise ShardError(f"{item!r} would run a shell command; set data.allow_pipe=true if that is meant")
+        item = item.removeprefix("file://").removeprefix("file:")
+        if item.endswith("/") or Path(item).is_dir():
+            names += _list_folder(item, split)
+        else:
+            names += braceexpand(item)
+    if not names:
+        raise ShardError(
+            f"no shard is named by {source!r}; give a folder, a pattern such as DIR/train-{{0000..0031}}.tar"
+        )
+    _check_names(names)
+    lengths = _read_lengths(names)
+    return ShardSet(names=tuple(names), lengths=tuple(lengths.get(name) for name in names))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice:
+        raise ShardError(f"shard {cut_query(twice)} is listed twice, so an epoch would show its samples twice")
+    for name in names:
+        if not is_remote(name) and not Path(name).is_file():
+            raise ShardError(f"shard {name} does not exist")
+
+
+def _list_folder(folder: str, split: str) -> list[str]:
+    info = _read_json(folder, "_info.json")
+    base = folder if folder.endswith("/") else folder + "/"
+    if info is not None:
+        splits = info.get("splits", {})
+        if split not in splits:
+            raise ShardError(f"{base}_info.json describes the splits {sorted(splits)}, not {split!r}")
+        return [base + _plain_name(name, base) for name in splits[split]["filenames"]]
+    if is_remote(folder):
+        raise ShardError(f"{cut_query(base)} has no _info.json to list its shards; give a brace pattern of their URLs")
+    files = sorted(path for path in Path(folder).glob("*.tar") if path.is_file())
+    if not files:
+        raise ShardError(f"folder {folder} holds no *.tar file")
+    kinds = sorted({path.stem.rstrip("0123456789").rstrip("-_") for path in files})
+    if len(kinds) > 1:
+        raise ShardError(
+            f"folder {folder} holds several sets of shards ({', '.join(kinds[:4])}) and no _info.json to tell them "
+            f"apart; give a pattern such as {base}{kinds[0]}-{{...}}.tar"
+        )
+    return [str(path) for path in files]
+
+
+def _plain_name(name: object, base: str) -> str:
+    if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+        raise ShardError(f"{base}_info.json lists {name!r}, which is not the name of a file beside it")
+    return name
+
+
+def _read_lengths(names: Sequence[str]) -> dict[str, int]:
+    """Return the lengths that files beside the shards state."""
+    lengths: dict[str, int] = {}
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in names if not name.startswith("pipe:")):
+        base = folder + "/" if folder else ""
+        info = _read_json(base or ".", "_info.json")
+        for part in (info or {}).get("splits", {}).values():
+            lengths |= {base + name: int(n) for name, n in zip(part["filenames"], part["shard_lengths"], strict=True)}
+        if info is None:
+            lengths |= {base + name: int(n) for name, n in (_read_json(base or ".", "sizes.json") or {}).items()}
+    return lengths
+
+
+def _read_json(folder: str, file_name: str) -> dict | None:
+    """Read a JSON object beside the shards; None when there is none."""
+    if is_remote(folder):
+        text = DownloadCache.read_small(folder.rstrip("/") + "/" + file_name)
+    else:
+        path = Path(folder) / file_name
+        text = path.read_bytes() if path.is_file() else None
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ShardError(f"{cut_query(folder)}/{file_name} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ShardError(f"{cut_query(folder)}/{file_name} must hold a JSON object")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample: its key, label (-1: none) and where its image lies."""
+
+    key: str
+    label: int
+    offset: int
+    size: int
+
+
+class ShardReader:
+    """Reads samples of a ShardSet by (shard, place). Each process has its own; what it holds open is bounded.
+
+    Args:
+        shards: what to read.
+        downloads: cache for remote shards.
+        index_dir: folder where the headers, once read, are kept between runs.
+        num_classes: labels must be smaller; None accepts any.
+        open_shards: how many shards are kept open and their indices in memory.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        downloads: DownloadCache,
+        index_dir: Path,
+        num_classes: int | None = None,
+        open_shards: int = 48,
+    ) -> None:
+        self.shards = shards
+        self.downloads = downloads
+        self.index_dir = index_dir
+        self.num_classes = num_classes
+        self.open_shards = open_shards
+        self._open: OrderedDict[int, tuple[BinaryIO, ShardIndex]] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def close(self) -> None:
+        """Close every shard."""
+        while self._open:
+            self._open.popitem()[1][0].close()
+
+    def length(self, shard: int) -> int:
+        """Return the number of samples of a shard, from its headers where nothing states it.
+
+        Raises:
+            ShardError: nothing states it, and the shard's end is missing, so nobody can say what was lost.
+        """
+        stated = self.shards.lengths[shard]
+        if stated is not None:
+            return stated
+        index = self._enter(shard)[1]
+        if not index.complete:
+            raise ShardError(
+                f"shard {cut_query(self.shards.names[shard])} breaks off after {len(index)} samples without tar's "
+                "mark of an end, and no _info.json says how many it should hold; fetch it again"
+            )
+        return len(index)
+
+    def sample(self, shard: int, place: int) -> Sample:
+        """Find a sample.
+
+        Raises:
+            BadSampleError: it is unusable.
+            ShardError: the shard is.
+        """
+        index = self._enter(shard)[1]
+        if place >= len(index):
+            raise BadSampleError(f"the shard holds {len(index)} samples where {self.length(shard)} are announced")
+        if place in index.defects:
+            raise BadSampleError(index.defects[place])
+        label = int(index.labels[place])
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            problem = "it has no label" if label < 0 else f"its label {label} is not below {self.num_classes}"
+            raise BadSampleError(problem)
+        return Sample(
+            key=index.keys[place], label=label, offset=int(index.offsets[place]), size=int(index.sizes[place])
+        )
+
+    def key(self, shard: int, place: int) -> str:
+        """Return a sample's key, or its place where it has none."""
+        index = self._enter(shard)[1]
+        return index.keys[place] if place < len(index) else f"#{place}"
+
+    def read(self, shard: int, sample: Sample) -> bytes:
+        """Read the bytes of a sample's image.
+
+        Raises:
+            BadSampleError: the file ends before the image does.
+        """
+        file = self._enter(shard)[0]
+        data = os.pread(file.fileno(), sample.size, sample.offset)
+        if len(data) < sample.size:
+            raise BadSampleError(f"the shard ends {sample.size - len(data)} bytes before the image does")
+        return data
+
+    def expect(self, shard: int, sample: Sample) -> None:
+        """Tell the system that a sample will soon be read, so that reading and decoding overlap."""
+        file = self._enter(shard)[0]
+        if hasattr(os, "posix_fadvise"):  # Linux; macOS has none
+            os.posix_fadvise(file.fileno(), sample.offset, sample.size, os.POSIX_FADV_WILLNEED)
+
+    def _enter(self, shard: int) -> tuple[BinaryIO, ShardIndex]:
+        known = self._open.get(shard)
+        if known is not None:
+            self._open.move_to_end(shard)
+            return known
+        name = self.shards.names[shard]
+        file = self._open_file(name)
+        try:
+            index = self._load_index(file, name)
+            stated = self.shards.lengths[shard]
+            if stated is not None and len(index) > stated:
+                raise ShardError(
+                    f"shard {cut_query(name)} holds {len(index)} samples, but the file that lists the shards' lengths "
+                    f"says {stated}; one of the two is out of date"
+                )
+        except BaseException:
+            file.close()
+            raise
+        self._open[shard] = file, index
+        while len(self._open) > self.open_shards:
+            self._open.popitem(last=False)[1][0].close()
+        return file, index
+
+    def _open_file(self, name: str) -> BinaryIO:
+        if is_remote(name):
+            return self.downloads.open(name)
+        try:
+            return open(name, "rb")
+        except OSError as error:
+            raise ShardError(f"shard {name} cannot be opened ({error.strerror}); it was there at the start") from error
+
+    def _load_index(self, file: BinaryIO, name: str) -> ShardIndex:
+        """Take the index from the cache, or read the headers and put it there."""
+        stat = os.fstat(file.fileno())
+        identity = [_INDEX_VERSION, name if is_remote(name) else os.path.abspath(name), stat.st_size]
+        if not is_remote(name):
+            identity.append(stat.st_mtime_ns)
+        path = self.index_dir / (hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:40] + ".npz")
+        index = _read_index(path)
+        if index is None:
+            try:
+                index = index_shard(file, name=cut_query(name))
+            except ShardError:
+                if is_remote(name):
+                    self.downloads.forget(name)
+                raise
+            _write_index(index, path)
+        return index
+
+
+def _write_index(index: ShardIndex, path: Path) -> None:
+    """Store an index; a folder that cannot be written costs time at the next start and nothing else."""
+    text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "complete": index.complete})
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                offsets=index.offsets,
+                sizes=index.sizes,
+                labels=index.labels,
+                text=np.frombuffer(text.encode(), dtype=np.uint8),
+            )
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        _log.warning("the headers of the shards are read anew at each start: %s cannot be written (%s)", path, error)
+
+
+def _read_index(path: Path) -> ShardIndex | None:
+    """Load a stored index; None when there is none or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            facts = json.loads(arrays["text"].tobytes())
+            return ShardIndex(
+                keys=facts["keys"],
+                offsets=arrays["offsets"],
+                sizes=arrays["sizes"],
+                labels=arrays["labels"],
+                defects={int(place): str(reason) for place, reason in facts["defects"]},
+                complete=bool(facts["complete"]),
+            )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        _log.warning("the stored index %s is damaged (%s); the shard's headers are read again", path, error)
+        return None
