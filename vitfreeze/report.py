@@ -53,18 +53,18 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._images = 0
         self._steps = 0
         self._wait_seconds = 0.0
         self._started = time.perf_counter()
 
-    def add_loss(self, losses: Mapping[int, Tensor]) -> None:
-        """Add the detached scale losses of one micro-batch: {head: scalar}."""
-        for head, loss in losses.items():
+    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the scalar losses of one micro-batch by name: `loss` is the whole, the others are its parts."""
+        for name, loss in losses.items():
             value = loss.detach().float()
-            self._sums[head] = self._sums[head] + value if head in self._sums else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._micro_batches += 1
 
     def add_step(self, *, images: int, wait_seconds: float) -> None:
@@ -78,17 +78,24 @@ class Meter:
 
         Every rank must call this at the same step: `mean_over_ranks` is a collective.
         """
-        heads = sorted(self._sums)
-        losses = mean_over_ranks([float(self._sums[head]) / self._micro_batches for head in heads])
+        names = list(self._sums)
+        means = mean_over_ranks([float(self._sums[name]) / self._micro_batches for name in names])
+        parts = dict(zip(names, means, strict=True))
         seconds = time.perf_counter() - self._started
         figures = {
-            "losses": {str(head): loss for head, loss in zip(heads, losses, strict=True)},
+            "loss": parts.pop("loss"),
+            "losses": parts,
             "images_per_second": self._images / seconds,
             "step_seconds": seconds / max(self._steps, 1),
             "data_wait_fraction": min(self._wait_seconds / seconds, 1.0),
         }
         self.restart()
         return figures
+
+    @property
+    def steps(self) -> int:
+        """Steps counted since the last reading."""
+        return self._steps
 
     def restart(self) -> None:
         """Forget what was counted, so that the time of a freeze, save or probe is not charged to the steps."""

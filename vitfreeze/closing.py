@@ -1,0 +1,98 @@
+"""The end of a run: export, k-NN, the plot of the run, and a table of what freezing saved."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitfreeze.config import Config
+from vitfreeze.data import EvalLoader
+from vitfreeze.evaluate.features import extract_features
+from vitfreeze.evaluate.knn import knn_accuracy
+from vitfreeze.export import export_safetensors
+from vitfreeze.model import LocalMIM
+from vitfreeze.plots import plot_run
+from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
+
+logger = logging.getLogger("vitfreeze")
+
+
+def close_run(
+    config: Config, directory: Path, *, model: LocalMIM, fresh_model: LocalMIM, masters: Mapping[str, Tensor]
+) -> None:
+    """Export the encoder, compare it with a random one by k-NN if there is validation data, plot, and print it all.
+
+    Args:
+        fresh_model: the same model with its initial weights, to compare with.
+        masters: float32 weights of frozen parameters, by name, where the model holds fewer bits.
+    """
+    encoder = export_safetensors(model, directory / "encoder.safetensors", masters=masters)
+    lines = [f"encoder   {encoder} (timm.create_model loads it with strict=True)"]
+    if config.data.val:
+        lines += compare_by_knn(config, model=model, fresh_model=fresh_model)
+    plot = plot_run(directory, directory / "run.png")
+    lines += [
+        f"plot      {plot}",
+        f"metrics   {directory / 'metrics.jsonl'}",
+        f"board     tensorboard --logdir {directory / 'tensorboard'}",
+        f"weights   {directory / 'checkpoints'}",
+    ]
+    table = closing_table(read_json_lines(directory / "metrics.jsonl"))
+    logger.info("\n%s\n\n%s", table, "\n".join(lines))
+
+
+def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) -> list[str]:
+    """Return lines with the k-NN accuracy of the encoder and of the same encoder before training."""
+    k, device = config.eval.k, next(model.parameters()).device
+    lines = []
+    for name, candidate in (("pre-trained", model), ("random", fresh_model.to(device))):
+        (train, train_labels), (test, test_labels) = (
+            extract_features(candidate, open_split(config, split)) for split in ("train", "validation")
+        )
+        accuracy = knn_accuracy(train, train_labels, test, test_labels, k=(k,))[k]
+        lines.append(f"{k}-NN     {100 * accuracy:.1f} % top-1, {name} encoder ({len(test)} held-out images)")
+    return lines
+
+
+def open_split(config: Config, split: str) -> EvalLoader:
+    """Open one split for evaluation in this process."""
+    data = config.data
+    return EvalLoader(
+        data.train if split == "train" else data.val,
+        split=split,
+        img_size=config.model.img_size,
+        batch_size=64,
+        workers=data.workers,
+        max_bad_fraction=data.max_bad_fraction,
+        allow_pipe=data.allow_pipe,
+        cache_dir=data.cache_dir or None,
+        cache_gigabytes=data.cache_gigabytes,
+    )
+
+
+def closing_table(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Return speed and optimizer state before the first freeze and after the last one, medians over logged lines."""
+    fewest = min(line["frozen_layers"] for line in metrics)
+    most = max(line["frozen_layers"] for line in metrics)
+    # The first line of a process holds its warm-up.
+    before = [line for line in metrics if line["frozen_layers"] == fewest][1:] or metrics[:1]
+    after = [line for line in metrics if line["frozen_layers"] == most]
+
+    def row(name: str, key: str, show: Any) -> tuple[str, str, str, str]:
+        first, last = (statistics.median(line[key] for line in lines) for lines in (before, after))
+        return name, show(first), show(last), f"{last / first:.2f}"
+
+    return format_closing_table(
+        [
+            ("frozen layers", str(fewest), str(most), ""),
+            row("images/s", "images_per_second", "{:.1f}".format),
+            row("step time", "step_seconds", lambda seconds: f"{1000 * seconds:.0f} ms"),
+            row("optimizer state per rank", "optimizer_state_bytes", format_bytes),
+            row("gradients reduced per step", "gradient_elements", "{:,}".format),
+        ]
+    )
