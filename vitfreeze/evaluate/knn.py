@@ -1,0 +1,145 @@
+"""Weighted k-nearest-neighbour classification of features: what an encoder knows, with nothing trained on top.
+
+Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4:
+the k most similar training images vote with exp(cosine similarity / temperature).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfreeze.evaluate.features import Features, gather_features
+
+BANK_CHUNK = 32768  # 512 queries x 32768 training images x 4 bytes = 64 MiB of similarities at a time
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: Sequence[int] = (10, 20),
+    temperature: float = 0.07,
+    chunk: int = 512,
+    device: torch.device | None = None,
+) -> dict[int, float]:
+    """Return the top-1 accuracy in percent for each number of neighbours.
+
+    Args:
+        train_features: (N, D) features of the images that vote.
+        train_labels: (N,) int64.
+        test_features: (M, D).
+        test_labels: (M,) int64.
+        k: numbers of neighbours.
+        temperature: how much more the nearest neighbours count.
+        chunk: test images at a time; memory is that of chunk x 32768 similarities, whatever N and M.
+        device: where to compute; default: where the features are.
+
+    Raises:
+        ValueError: shapes that do not fit, k outside 1 to N, or a temperature that is not positive.
+    """
+    correct = count_correct(
+        train_features, train_labels, test_features, test_labels, k=k, temperature=temperature, chunk=chunk,
+        device=device,
+    )  # fmt: skip
+    return {neighbours: 100 * count / len(test_labels) for neighbours, count in correct.items()}
+
+
+@torch.no_grad()
+def count_correct(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: float = 0.07,
+    chunk: int = 512,
+    device: torch.device | None = None,
+) -> dict[int, int]:
+    """Return how many test images are classified rightly with each number of neighbours; see `knn_accuracy`."""
+    _check(train_features, train_labels, test_features, test_labels, k=k, temperature=temperature, chunk=chunk)
+    device = device or train_features.device
+    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    correct = dict.fromkeys(k, 0)
+    for start in range(0, len(test_features), chunk):
+        queries_QD = F.normalize(test_features[start : start + chunk].to(device, torch.float32), dim=1)
+        labels_Q = test_labels[start : start + chunk].to(device)
+        similarities_QK, neighbours_QK = _find_nearest(queries_QD, train_features, k=max(k))
+        classes_QK = train_labels.to(device)[neighbours_QK]
+        votes_QK = (similarities_QK / temperature).exp()
+        for count in k:
+            votes_QC = torch.zeros(len(labels_Q), num_classes, device=device)
+            votes_QC.scatter_add_(1, classes_QK[:, :count], votes_QK[:, :count])
+            correct[count] += int((votes_QC.argmax(dim=1) == labels_Q).sum())
+    return correct
+
+
+def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], device: torch.device) -> dict[int, float]:
+    """Return the top-1 accuracy in percent over the test images of all ranks.
+
+    Every rank gets all training features, and classifies its own test images.
+
+    Args:
+        train, test: features of this rank's images.
+        k: numbers of neighbours.
+        device: where to compute, and where ranks add up.
+
+    Raises:
+        ValueError: as `knn_accuracy`.
+    """
+    bank = gather_features(train)
+    correct = count_correct(bank.features, bank.labels, test.features, test.labels, k=k, device=device)
+    totals = torch.tensor([*correct.values(), len(test.labels)], dtype=torch.float64, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(totals)
+    *hits, images = totals.tolist()
+    return {count: 100 * hit / images for count, hit in zip(correct, hits, strict=True)}
+
+
+def _find_nearest(queries_QD: Tensor, bank_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """Return the cosine similarities (Q, k) of the nearest training images, nearest first, and their numbers (Q, k)."""
+    device = queries_QD.device
+    best_QK = torch.empty(len(queries_QD), 0, device=device)
+    index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=device)
+    for start in range(0, len(bank_ND), BANK_CHUNK):
+        part_ND = F.normalize(bank_ND[start : start + BANK_CHUNK].to(device, torch.float32), dim=1)
+        found_QK, place_QK = (queries_QD @ part_ND.T).topk(min(k, len(part_ND)), dim=1)
+        joined = torch.cat([best_QK, found_QK], dim=1)
+        numbers = torch.cat([index_QK, place_QK + start], dim=1)
+        best_QK, kept = joined.topk(min(k, joined.shape[1]), dim=1)
+        index_QK = numbers.gather(1, kept)
+    return best_QK, index_QK
+
+
+def _check(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: float,
+    chunk: int,
+) -> None:
+    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            f"features have shapes {tuple(train_features.shape)} and {tuple(test_features.shape)}, expected two tables "
+            "of the same width"
+        )
+    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
+        raise ValueError(
+            f"{len(train_labels)} and {len(test_labels)} labels for {len(train_features)} training and "
+            f"{len(test_features)} test images, expected one each"
+        )
+    if not k or min(k) < 1 or max(k) > len(train_features):
+        raise ValueError(f"k is {tuple(k)}, expected numbers from 1 to the {len(train_features)} training images")
+    if temperature <= 0 or chunk < 1:
+        raise ValueError(f"temperature {temperature:g} must be above 0 and chunk {chunk} at least 1")
