@@ -13,6 +13,7 @@ from data_prep.errors import InputError, OutputError
 from data_prep.splits import ImageSet
 from data_prep.workers import available_cores
 
+SHOWN_PROBLEMS = 10  # of one shard
 EPILOG = """examples:
   python -m data_prep imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
       --devkit ILSVRC2012_devkit_t12.tar.gz --out shards/imagenet
@@ -38,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_imagenet(commands)
     _add_folder(commands)
     _add_demo(commands)
+    _add_verify(commands)
+    _add_describe(commands)
     return parser
 
 
@@ -77,6 +80,25 @@ def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_demo)
 
 
+def _add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("verify", help="check every checksum, count, label and image of a folder of shards")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of shards")
+    _add_workers_option(parser, available_cores())
+    parser.set_defaults(run=run_verify)
+
+
+def _add_describe(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("describe", help="counts, balance of classes and sizes of images, as text and figure")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of shards")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="where to draw the figure (default DIR/describe.png)")
+    _add_workers_option(parser, available_cores())
+    parser.set_defaults(run=run_describe)
+
+
+def _add_workers_option(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument("--workers", type=int, default=default, metavar="N", help=f"processes (default {default})")
+
+
 def _add_packing_options(
     parser: argparse.ArgumentParser,
     *,
@@ -88,8 +110,7 @@ def _add_packing_options(
     parser.add_argument(
         "--name", default=name, help=f"first part of the shards' names (default {name or 'the folder'})"
     )
-    cores = available_cores() if workers is None else workers
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default {cores})")
+    _add_workers_option(parser, available_cores() if workers is None else workers)
     parser.add_argument(
         "--samples-per-shard",
         type=int,
@@ -145,6 +166,35 @@ def run_demo(options: argparse.Namespace) -> int:
 
     images = draw_image_set(options.samples, seed=options.seed, image_size=options.size)
     return _pack(images, options)
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Check a folder of shards and say what is wrong with it."""
+    from data_prep.verification import verify
+
+    verdict = verify(options.folder, workers=options.workers)
+    if not verdict.problems:
+        sys.stdout.write(f"{verdict.num_shards} shards with {verdict.num_samples} samples: all checks passed\n")
+        return 0
+    for name, problems in sorted(verdict.problems.items()):
+        for problem in problems[:SHOWN_PROBLEMS]:
+            sys.stdout.write(f"{name}: {problem}\n")
+        if len(problems) > SHOWN_PROBLEMS:
+            sys.stdout.write(f"{name}: and {len(problems) - SHOWN_PROBLEMS} more\n")
+    sys.stdout.write(f"FAILED: {sum(map(len, verdict.problems.values()))} problems\n")
+    return 1
+
+
+def run_describe(options: argparse.Namespace) -> int:
+    """Say what is in a folder of shards."""
+    from data_prep.description import describe, draw_figure
+
+    description = describe(options.folder, workers=options.workers)
+    figure = options.png or options.folder / "describe.png"
+    sys.stdout.write(f"{description}\n")
+    draw_figure(description, figure)
+    sys.stdout.write(f"\nfigure: {figure}\n")
+    return 0
 
 
 def _pack(images: ImageSet, options: argparse.Namespace) -> int:

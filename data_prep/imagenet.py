@@ -27,6 +27,7 @@ WNID = re.compile(r"n\d{8}")
 META_SUFFIX = "data/meta.mat"
 TRUTH_SUFFIX = "data/ILSVRC2012_validation_ground_truth.txt"
 MAX_KIT_FILE_BYTES = 64 * 2**20
+SERIAL_BYTES = 2**30  # an archive smaller than this is listed before other processes could have started
 
 
 class DevelopmentKit:
@@ -189,8 +190,10 @@ def list_train(path: Path, *, workers: int) -> LabelledFiles:
             f"{path} is not the archive of the training images: it holds {strange or 'no inner archives'} where "
             "n01440764.tar and its like belong."
         )
+    if sum(member.size for member in inner) < SERIAL_BYTES:
+        workers = 1
     tasks = (InnerArchive(path, member) for member in inner)
-    listed = list(run_tasks(list_inner, tasks, workers=min(workers, len(inner) // 50), preload=["data_prep.writer"]))
+    listed = list(run_tasks(list_inner, tasks, workers=workers, preload=["data_prep.writer"]))
     return _join_inner(path, listed)
 
 

@@ -185,6 +185,18 @@ def write_descriptions(folder: Path, *, dataset: str, manifest: Manifest) -> Non
     Raises:
         OutputError: one of them cannot be written.
     """
+    splits, sizes = describe_shards(manifest)
+    skipped = [json.dumps(line) + "\n" for entry in manifest.shards for line in entry.skipped]
+    shards = [entry.to_json() for entry in manifest.shards]
+    content = {"format": FORMAT, "settings": manifest.settings, "shards": shards}
+    _replace_file(folder / INFO, json.dumps({"name": dataset, "splits": splits}, indent=1))
+    _replace_file(folder / SIZES, json.dumps(sizes, indent=1))
+    _replace_file(folder / SKIPPED, "".join(skipped))
+    _replace_file(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def describe_shards(manifest: Manifest) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """The splits for `_info.json` and the counts for `sizes.json`."""
     splits: dict[str, dict[str, Any]] = {}
     for entry in manifest.shards:
         info = splits.setdefault(
@@ -193,14 +205,7 @@ def write_descriptions(folder: Path, *, dataset: str, manifest: Manifest) -> Non
         info["num_samples"] += entry.num_samples
         info["filenames"].append(entry.name)
         info["shard_lengths"].append(entry.num_samples)
-    sizes = {entry.name: entry.num_samples for entry in manifest.shards}
-    skipped = [json.dumps(line) + "\n" for entry in manifest.shards for line in entry.skipped]
-    shards = [entry.to_json() for entry in manifest.shards]
-    content = {"format": FORMAT, "settings": manifest.settings, "shards": shards}
-    _replace_file(folder / INFO, json.dumps({"name": dataset, "splits": splits}, indent=1))
-    _replace_file(folder / SIZES, json.dumps(sizes, indent=1))
-    _replace_file(folder / SKIPPED, "".join(skipped))
-    _replace_file(folder / MANIFEST, json.dumps(content, indent=1))
+    return splits, {entry.name: entry.num_samples for entry in manifest.shards}
 
 
 def _replace_file(path: Path, text: str) -> None:

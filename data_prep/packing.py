@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from data_prep.catalogue import Catalogue
 from data_prep.errors import InputError, OutputError
 from data_prep.images import DEFAULT_QUALITY
 from data_prep.manifest import Journal, Manifest, write_descriptions
+from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry, shard_names
 from data_prep.splits import ImageSet
 from data_prep.workers import run_tasks
@@ -130,20 +129,13 @@ def _write_shards(
     count = sum(len(shards) for shards in plan.values())
     tasks = _make_tasks(images, plan, folder, settings, journal.finished)
     entries = []
-    num_bytes = 0
     total = sum(len(catalogue) for catalogue in images.splits.values())
-    # A log file gets a line now and then, a terminal a moving bar.
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, unit="img", desc="packing", mininterval=interval, dynamic_ncols=True) as progress:
-        started = time.monotonic()
+    with show_progress("packing", total=total) as progress:
         for entry in run_tasks(finish_shard, tasks, workers=min(workers, count), preload=["data_prep.writer"]):
             if not entry.kept:
                 journal.add(entry)
-                num_bytes += entry.num_bytes
             entries.append(entry)
-            speed = num_bytes / 1e6 / max(time.monotonic() - started, 1e-9)
-            progress.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
-            progress.update(entry.num_samples + len(entry.skipped))
+            progress.add(entry.num_samples + len(entry.skipped), num_bytes=0 if entry.kept else entry.num_bytes)
     return entries
 
 
@@ -200,5 +192,5 @@ def _check_free_space(folder: Path, images: ImageSet, settings: PackSettings) ->
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
-            f"the shards need about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: no shard was written."
+            f"the shards need about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: none was written."
         )
