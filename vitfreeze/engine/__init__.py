@@ -1,0 +1,20 @@
+"""DeepSpeed, and the parameter groups that implement FreezeOut. The only room that imports deepspeed."""
+
+from vitfreeze.engine.freezing import EngineState, FreezeEvent, FreezingEngine
+from vitfreeze.engine.processes import Processes, join_processes
+from vitfreeze.engine.settings import DeepSpeedSettings, choose_ds_config, read_settings
+from vitfreeze.engine.slices import STATE_KEYS, GroupState, SliceReader
+
+__all__ = [
+    "STATE_KEYS",
+    "DeepSpeedSettings",
+    "EngineState",
+    "FreezeEvent",
+    "FreezingEngine",
+    "GroupState",
+    "Processes",
+    "SliceReader",
+    "choose_ds_config",
+    "join_processes",
+    "read_settings",
+]

@@ -1,0 +1,507 @@
+"""Training on DeepSpeed with layers that leave: the engine whose parameter groups implement FreezeOut.
+
+Setting requires_grad = False is not enough under ZeRO: frozen weights go on moving with Adam's momentum and weight
+decay, and keep their optimizer state and their share of the all-gather. Here a layer leaves in two movements:
+
+It freezes at once: its groups get learning rate 0 and weight decay 0, its parameters need no gradient. Its weights
+    do not change by one bit from here on.
+It is dropped at the same step boundary, or a little later together with others: its groups leave the optimizer, and
+    with them its moments, its master weights, its gradient traffic and its share of the optimizer step. The state of
+    the groups that stay is carried over exactly, so the run goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitfreeze.architecture import active_heads
+from vitfreeze.config import ConfigError
+from vitfreeze.engine.incarnation import Incarnation
+from vitfreeze.engine.processes import join_processes
+from vitfreeze.engine.settings import read_settings
+from vitfreeze.engine.slices import GroupState, SliceReader
+from vitfreeze.engine.units import GroupPlan, is_trained, plan_groups
+from vitfreeze.model import LocalMIM
+
+log = logging.getLogger(__name__)
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeEvent:
+    """What one call of `freeze` did."""
+
+    step: int
+    layers: tuple[int, ...]  # layers that froze now
+    heads: tuple[int, ...]  # heads that left with them
+    dropped: tuple[str, ...]  # units whose optimizer state left now; those not yet dropped follow later
+    method: str  # how they were dropped: "reinitialize", or "none"
+    seconds: float
+    trainable_parameters: int
+    optimizer_state_bytes: int  # of this rank, without padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """All that a checkpoint needs beside the weights of the model; made of views, so copy before the next step."""
+
+    groups: Mapping[str, GroupState]
+    scalars: Mapping[str, Any]
+    replicated: bool  # whether every rank returns all elements; no stage does, each element is returned once
+    frozen_masters: Mapping[str, Tensor]  # on rank 0: fp32 weights of frozen parameters, as far as they are known
+
+
+class FreezingEngine:
+    """A DeepSpeed engine whose frozen layers are gone: ZeRO stage 0, 1 or 2 in fp32, bf16 or (1 and 2) fp16.
+
+    Use it like DeepSpeed's own: call it, `backward`, `step`, once per micro-batch; `set_learning_rates` before the
+    first micro-batch of every optimizer step, and `freeze` between optimizer steps, on all ranks alike.
+
+    Args:
+        model: says itself whether its class token and patch embedding freeze with layer 0.
+        ds_config: DeepSpeed's JSON as a path or its content: precision, ZeRO stage, communication.
+        micro_batch: images per rank and micro-batch.
+        accumulation: micro-batches per optimizer step.
+        frozen_layers: layers that are frozen from the start, on resume; they never get optimizer state.
+        betas, eps, weight_decay: of AdamW; no decay on biases and other 1-d parameters.
+        min_steps_between_drops: layers that freeze within so many steps of a drop wait for the next one.
+        prefix_precision: precision of frozen layers when the others train in fp32: auto is half on a GPU and fp32
+            on a CPU. Runs that train in half precision keep their own.
+
+    Raises:
+        ConfigError: the DeepSpeed configuration or a precision cannot be used.
+        ValueError: all layers are frozen, or a trainable parameter belongs to no layer or head.
+    """
+
+    def __init__(
+        self,
+        model: LocalMIM,
+        *,
+        ds_config: Mapping[str, Any] | str | Path,
+        micro_batch: int,
+        accumulation: int = 1,
+        frozen_layers: int = 0,
+        betas: tuple[float, ...] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+        min_steps_between_drops: int = 0,
+        prefix_precision: str = "auto",
+    ) -> None:
+        self.settings = read_settings(ds_config)
+        self.processes = join_processes()
+        self.module = model.to(self.device)
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self._adam = {"betas": tuple(betas), "eps": eps}
+        self._weight_decay = weight_decay
+        self._min_steps_between_drops = min_steps_between_drops
+        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._plans = plan_groups(model)
+        self._prefix_dtype = self._choose_prefix_dtype(
+            prefix_precision, runs_backward=not (model.freeze_cls_token and model.freeze_patch_embed)
+        )
+        self.frozen_layers = 0
+        self._frozen_masters: dict[str, Tensor] = {}
+        self._rates_are_set = False
+        self._micro_step = 0
+        self._last_drop_step: int | None = None
+        self._loss: Tensor | None = None
+        if frozen_layers:
+            self._check_prefix(frozen_layers)
+            self._keep_masters_of_weights(self._mark_frozen(frozen_layers))
+            self._convert_prefix()
+        self._live = self._initialize()
+
+    # -- what a training loop needs every step -------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        return self.processes.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.processes.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.processes.world_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the layers that train compute."""
+        return DTYPES[self.settings.precision]
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether the current micro-batch is the last of its optimizer step."""
+        return self._micro_step == self.accumulation - 1
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the learning rate of every unit that trains, by unit name; rates of frozen units stay 0.
+
+        Raises:
+            ValueError: a unit that trains has no rate.
+        """
+        for plan, group in self._live.groups():
+            if is_trained(plan.unit, frozen_layers=self.frozen_layers):
+                if plan.unit.name not in rates:
+                    raise ValueError(f"no learning rate for {plan.unit.name}, which trains; rates: {', '.join(rates)}")
+                group["lr"] = rates[plan.unit.name]
+        self._rates_are_set = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on one micro-batch and return its output."""
+        self._live.engine.set_gradient_accumulation_boundary(self.is_boundary)
+        self._loss, output = self._live.engine(*args, **kwargs)
+        return output
+
+    __call__ = forward
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass of the last output's loss, averaged over the micro-batches of the step.
+
+        Raises:
+            ValueError: it is another tensor; DeepSpeed's bookkeeping hangs on the model's own loss.
+        """
+        if loss is not self._loss:
+            raise ValueError("backward takes the `loss` of the last output, as it is")
+        self._loss = None
+        self._live.engine.backward(loss)
+
+    def step(self) -> bool:
+        """End the micro-batch; at the last one of a step, update the weights. Return whether it was the last.
+
+        Raises:
+            RuntimeError: learning rates were never set.
+        """
+        if not self._rates_are_set:
+            raise RuntimeError("set_learning_rates must be called before the first step")
+        boundary = self.is_boundary
+        self._live.engine.step()
+        self._micro_step = 0 if boundary else self._micro_step + 1
+        return boundary
+
+    def set_micro_batch(self, micro_batch: int, *, accumulation: int) -> None:
+        """Cut the same global batch into other micro-batches from the next optimizer step on.
+
+        Raises:
+            ValueError: the global batch would change, or a step is under way.
+        """
+        self._check_boundary("the micro-batch changes")
+        if micro_batch * accumulation != self.micro_batch * self.accumulation:
+            raise ValueError(
+                f"micro-batch {micro_batch} x accumulation {accumulation} = {micro_batch * accumulation} images per "
+                f"rank, but the global batch needs {self.micro_batch} x {self.accumulation}"
+            )
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self._live.engine.set_train_micro_batch_size(micro_batch)
+        self._live.engine.set_train_batch_size(micro_batch * accumulation * self.world_size)
+
+    # -- freezing ------------------------------------------------------------------------------------------------
+
+    def freeze(self, frozen_layers: int, *, step: int) -> FreezeEvent | None:
+        """Freeze the first `frozen_layers` layers from optimizer step `step` on; drop them now or when it is due.
+
+        Call it at the start of every optimizer step: it does nothing, and returns None, when nothing changes.
+
+        Raises:
+            ValueError: the prefix would shrink or hold every layer, a step is under way, or ranks disagree.
+        """
+        newly_frozen = range(self.frozen_layers, frozen_layers)
+        if frozen_layers != self.frozen_layers:
+            self._check_prefix(frozen_layers)
+            self._check_boundary("layers freeze")
+        started = time.perf_counter()
+        heads_before = active_heads(self.frozen_layers, depth=self.module.depth)
+        if newly_frozen:
+            self._agree(frozen_layers)
+            self._soft_freeze(frozen_layers)
+        waiting = [plan for plan in self._live.plans if not is_trained(plan.unit, frozen_layers=frozen_layers)]
+        dropped: list[str] = []
+        if waiting and self._drop_is_due(step):
+            self._check_boundary("layers are dropped")
+            self._reinitialize()
+            self._last_drop_step = step
+            dropped = [plan.unit.name for plan in waiting]
+        if not newly_frozen and not dropped:
+            return None
+        self._synchronize()
+        return FreezeEvent(
+            step=step,
+            layers=tuple(newly_frozen),
+            heads=tuple(
+                head for head in heads_before if head not in active_heads(frozen_layers, depth=self.module.depth)
+            ),
+            dropped=tuple(dict.fromkeys(dropped)),
+            method="reinitialize" if dropped else "none",
+            seconds=time.perf_counter() - started,
+            trainable_parameters=self.trainable_parameters,
+            optimizer_state_bytes=self.optimizer_state_bytes(),
+        )
+
+    def _check_prefix(self, frozen_layers: int) -> None:
+        if frozen_layers < self.frozen_layers:
+            raise ValueError(f"{frozen_layers} frozen layers, but {self.frozen_layers} are frozen for good")
+        if frozen_layers > self.module.depth:
+            raise ValueError(
+                f"{frozen_layers} frozen layers are all {self.module.depth + 1}: at least the last must train, "
+                "because nothing would be left to learn"
+            )
+
+    def _check_boundary(self, what: str) -> None:
+        if self._micro_step:
+            raise ValueError(
+                f"{what} only between optimizer steps, not after micro-batch {self._micro_step} of {self.accumulation}"
+            )
+
+    def _agree(self, frozen_layers: int) -> None:
+        mine = torch.tensor([frozen_layers, -frozen_layers], device=self.device)
+        torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
+        highest, lowest = int(mine[0]), -int(mine[1])
+        if highest != lowest:
+            raise ValueError(f"ranks disagree: between {lowest} and {highest} frozen layers, here {frozen_layers}")
+
+    def _drop_is_due(self, step: int) -> bool:
+        return self._last_drop_step is None or step - self._last_drop_step >= self._min_steps_between_drops
+
+    def _trained_plans(self) -> tuple[GroupPlan, ...]:
+        return tuple(plan for plan in self._plans if is_trained(plan.unit, frozen_layers=self.frozen_layers))
+
+    def _mark_frozen(self, frozen_layers: int) -> list[GroupPlan]:
+        """Set the prefix, stop its gradients, and return the groups that are newly frozen."""
+        before = self._trained_plans()
+        self.frozen_layers = frozen_layers
+        newly = [plan for plan in before if not is_trained(plan.unit, frozen_layers=frozen_layers)]
+        for plan in newly:
+            for name in plan.parameter_names:
+                self._parameters[name].requires_grad_(False)
+                self._parameters[name].grad = None
+        return newly
+
+    def _soft_freeze(self, frozen_layers: int) -> None:
+        newly = self._mark_frozen(frozen_layers)
+        for plan, group in self._live.groups():
+            if plan in newly:
+                group["lr"] = group["weight_decay"] = 0.0
+        if self.dtype == torch.float32:
+            self._keep_masters_of_weights(newly)
+        else:
+            for plan, group in self._live.groups():
+                if plan in newly:
+                    self._gather_masters(plan, group)
+
+    def _reinitialize(self) -> None:
+        """Drop frozen groups: end this DeepSpeed engine, begin one without them, hand over the state of the rest."""
+        rates = {plan.name: group["lr"] for plan, group in self._live.groups()}
+        estate, scalars = self._live.bequeath(), self._live.read_scalars()
+        self._live.destroy()
+        del self._live
+        self._convert_prefix()
+        # The old engine is a web of cycles; it must be gone before the new one hangs its hooks on the parameters.
+        gc.collect()
+        self._live = self._initialize()
+        self._live.inherit(estate)
+        self._live.write_scalars(scalars)
+        for plan, group in self._live.groups():
+            group["lr"] = rates[plan.name]
+
+    def _initialize(self) -> Incarnation:
+        plans = self._trained_plans()
+        trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        planned = [name for plan in plans for name in plan.parameter_names]
+        if len(planned) != len(trained) or set(planned) != trained:
+            raise RuntimeError(
+                f"in groups but not trainable, or the reverse: {sorted(trained.symmetric_difference(planned))}"
+            )
+        return Incarnation(
+            self.module,
+            plans=plans,
+            settings=self.settings,
+            processes=self.processes,
+            adam=self._adam,
+            weight_decay=self._weight_decay,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+        )
+
+    # -- the frozen prefix ---------------------------------------------------------------------------------------
+
+    def _choose_prefix_dtype(self, precision: str, *, runs_backward: bool) -> torch.dtype:
+        trained = self.settings.precision
+        if precision not in ("auto", *DTYPES):
+            raise ConfigError(f"freeze.prefix_precision = {precision!r}: allowed are auto, {', '.join(DTYPES)}")
+        if trained != "fp32":
+            if precision not in ("auto", trained):
+                raise ConfigError(
+                    f"freeze.prefix_precision = {precision!r}: allowed are auto and {trained}, in which the run trains "
+                    f"({self.settings.source})"
+                )
+            return DTYPES[trained]
+        if runs_backward and precision in ("bf16", "fp16"):
+            raise ConfigError(
+                f"freeze.prefix_precision = {precision!r}: allowed are auto and fp32, because with freeze.cls_token "
+                "or freeze.patch_embed false the backward pass runs through the prefix"
+            )
+        if precision != "auto":
+            return DTYPES[precision]
+        if runs_backward or self.device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    def _convert_prefix(self) -> None:
+        if self.dtype != torch.float32 or self._prefix_dtype == torch.float32:
+            return
+        for parameter in self._parameters.values():
+            if not parameter.requires_grad and parameter.dtype != self._prefix_dtype:
+                parameter.data = parameter.data.to(self._prefix_dtype)
+
+    def _keep_masters_of_weights(self, plans: list[GroupPlan]) -> None:
+        """Keep the fp32 weights of the model on rank 0 where they are about to be rounded."""
+        if self.rank == 0 and self._prefix_dtype != torch.float32:
+            for plan in plans:
+                for name in plan.parameter_names:
+                    if self._parameters[name].dtype == torch.float32:
+                        self._frozen_masters[name] = self._parameters[name].detach().to("cpu", copy=True)
+
+    def _gather_masters(self, plan: GroupPlan, group: dict[str, Any]) -> None:
+        """Bring the master weights of a group to rank 0's CPU memory."""
+        if self._live.is_partitioned:
+            (part,) = group["params"]
+            parts = [torch.empty_like(part) for _ in range(self.world_size)] if self.rank == 0 else None
+            torch.distributed.gather(part.detach(), parts, dst=0)
+            flat = torch.cat(parts) if parts is not None else None
+        else:
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in group["params"]]) if self.rank == 0 else None
+        if flat is not None:
+            sizes = [torch.Size(shape).numel() for _, shape in plan.parameters]
+            for (name, shape), values in zip(plan.parameters, flat[: plan.numel].cpu().split(sizes), strict=True):
+                self._frozen_masters[name] = values.reshape(shape).clone()
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters that train."""
+        return sum(parameter.numel() for parameter in self._parameters.values() if parameter.requires_grad)
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss; 1 without fp16."""
+        return self._live.loss_scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped because a gradient overflowed."""
+        return int(self._live.engine.skipped_steps)
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps, skipped ones included."""
+        return int(self._live.engine.global_steps)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last optimizer step was skipped."""
+        return self.global_steps > 0 and not self._live.engine.was_step_applied()
+
+    def gradient_elements(self) -> int:
+        """Return how many gradient elements are reduced over the ranks in one optimizer step."""
+        return self._live.gradient_elements(accumulation=self.accumulation)
+
+    def optimizer_state_bytes(self) -> int:
+        """Return the bytes of moments and separate fp32 master weights on this rank, without ZeRO's padding."""
+        return self._live.state_bytes()[0]
+
+    def optimizer_state_padding_bytes(self) -> int:
+        """Return the bytes that ZeRO's padding adds on this rank."""
+        return self._live.state_bytes()[1]
+
+    def mean_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Return the mean of each value over all ranks, on every rank."""
+        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        total = total.to(self.device)
+        torch.distributed.all_reduce(total)
+        return [float(value) for value in total / self.world_size]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state(self) -> EngineState:
+        """Return this rank's share of all state beside the model's weights. Groups that are frozen have none."""
+        self._check_boundary("state is taken")
+        trained = {
+            plan.name: self._live.read(plan, group)
+            for plan, group in self._live.groups()
+            if is_trained(plan.unit, frozen_layers=self.frozen_layers)
+        }
+        scalars = {
+            "frozen_layers": self.frozen_layers,
+            "adam_steps": {name: group.step for name, group in trained.items()},
+            **self._live.read_scalars(),
+        }
+        return EngineState(groups=trained, scalars=scalars, replicated=False, frozen_masters=self.frozen_masters())
+
+    def frozen_masters(self) -> dict[str, Tensor]:
+        """Return, on rank 0, the fp32 weights of frozen parameters by name; nothing on other ranks.
+
+        A parameter is missing when only its rounded weights are known: after a resume without its master weights.
+        """
+        if self.rank:
+            return {}
+        exact = {
+            name: parameter.detach()
+            for name, parameter in self._parameters.items()
+            if not parameter.requires_grad and parameter.dtype == torch.float32
+        }
+        return {**exact, **self._frozen_masters}
+
+    @torch.no_grad()
+    def load_state(
+        self, read: SliceReader, scalars: Mapping[str, Any], *, frozen_masters: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Restore the state of a run that had the same layers frozen, on any number of ranks and any ZeRO stage.
+
+        Args:
+            read: `read(group, key, start, stop)` returns these elements of a group's unpadded flat tensor; key is
+                master, exp_avg or exp_avg_sq. Every rank asks for what it holds.
+            scalars: `EngineState.scalars`.
+            frozen_masters: fp32 weights of frozen parameters by name, given on every rank; the model's frozen
+                weights are set from them. Without them, the model's own stay.
+
+        Raises:
+            ValueError: another number of layers was frozen, a step is under way, or a name is not a frozen parameter.
+        """
+        self._check_boundary("state is loaded")
+        if scalars["frozen_layers"] != self.frozen_layers:
+            raise ValueError(
+                f"the saved state has {scalars['frozen_layers']} frozen layers, this engine {self.frozen_layers}"
+            )
+        for name, master in (frozen_masters or {}).items():
+            if name not in self._parameters or self._parameters[name].requires_grad:
+                raise ValueError(f"master weights are given for {name}, which is not a frozen parameter")
+            self._parameters[name].copy_(master)
+            if self.rank == 0 and self._parameters[name].dtype != torch.float32:
+                self._frozen_masters[name] = master.detach().to("cpu", torch.float32, copy=True)
+        self._live.write(read, scalars["adam_steps"])
+        self._live.write_scalars(scalars)
+
+    def destroy(self) -> None:
+        """End the engine and free its memory; the model stays."""
+        self._live.destroy()
+        del self._live
+        gc.collect()

@@ -1,0 +1,197 @@
+"""One life of a DeepSpeed engine: from `deepspeed.initialize` to a death that leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from vitfreeze.engine.processes import Processes
+from vitfreeze.engine.settings import DeepSpeedSettings, accumulates_in_fp32, complete_settings
+from vitfreeze.engine.slices import GroupState, Segment, SliceReader, create_moments, read_group, segments, write_group
+from vitfreeze.engine.units import GroupPlan
+
+COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
+SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+# What outlives an incarnation: per group name, the optimizer's tensors and their state.
+Estate = dict[str, list[tuple[Tensor, dict[str, Tensor]]]]
+
+
+class _Shell(nn.Module):
+    """What DeepSpeed is given as the model.
+
+    DeepSpeed hangs hooks that close over the engine on the module it is given, and looks for the loss in tensors,
+    tuples and dicts only. This shell takes the hooks with it when its engine goes, and shows the loss.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        output = self.model(*args, **kwargs)
+        return output.loss, output
+
+
+class Incarnation:
+    """A DeepSpeed engine with the parameter groups of `plans`, and AdamW as its optimizer.
+
+    The optimizer is ours, so the tensors that ZeRO puts into its groups, and their moments, are found through torch's
+    public interface whatever class DeepSpeed wraps around it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        plans: tuple[GroupPlan, ...],
+        settings: DeepSpeedSettings,
+        processes: Processes,
+        adam: Mapping[str, Any],
+        weight_decay: float,
+        micro_batch: int,
+        accumulation: int,
+    ) -> None:
+        self.plans = plans
+        self.settings = settings
+        self.processes = processes
+        parameters = dict(model.named_parameters())
+        groups = [
+            {
+                "params": [parameters[name] for name in plan.parameter_names],
+                "lr": 0.0,
+                "weight_decay": weight_decay if plan.decays else 0.0,
+            }
+            for plan in plans
+        ]
+        self.optimizer = AdamW(groups, fused=True, **adam)
+        config = complete_settings(
+            settings,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            world_size=processes.world_size,
+            active_elements=sum(plan.numel for plan in plans),
+        )
+        self._shell = _Shell(model)
+        self.engine, *_ = deepspeed.initialize(
+            model=self._shell, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+        if len(self.optimizer.param_groups) != len(plans):
+            raise RuntimeError(f"DeepSpeed kept {len(self.optimizer.param_groups)} of {len(plans)} parameter groups")
+        create_moments(self.optimizer)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether every rank holds a part of each group, not all of it."""
+        return self.settings.stage > 0
+
+    @property
+    def has_own_masters(self) -> bool:
+        """Whether the fp32 master weights are separate from the weights of the model."""
+        return self.is_partitioned or self.settings.precision != "fp32"
+
+    def groups(self) -> Iterator[tuple[GroupPlan, dict[str, Any]]]:
+        """Yield every group's plan with the optimizer's group."""
+        yield from zip(self.plans, self.optimizer.param_groups, strict=True)
+
+    def segments(self, plan: GroupPlan, group: dict[str, Any]) -> list[Segment]:
+        """Return the pieces of a group's flat tensor that this rank holds."""
+        return list(segments(plan, group, partitioned=self.is_partitioned, rank=self.processes.rank))
+
+    def read(self, plan: GroupPlan, group: dict[str, Any]) -> GroupState:
+        """Return this rank's share of a group's state."""
+        return read_group(
+            self.optimizer, plan, self.segments(plan, group), share=None if self.is_partitioned else self.processes
+        )
+
+    def write(self, read: SliceReader, steps: Mapping[str, int]) -> None:
+        """Fill master weights and moments from slices, then the model's weights from the master weights."""
+        for plan, group in self.groups():
+            write_group(self.optimizer, plan, self.segments(plan, group), read, step=steps[plan.name])
+        self._refresh_weights()
+
+    @torch.no_grad()
+    def _refresh_weights(self) -> None:
+        if self.is_partitioned:
+            self.engine.optimizer.update_lp_params()
+            return
+        weights = dict(self._shell.model.named_parameters())
+        for plan, group in self.groups():
+            for name, master in zip(plan.parameter_names, group["params"], strict=True):
+                if master is not weights[name]:
+                    weights[name].copy_(master)
+
+    def _loss_scaler(self) -> Any:
+        return self.engine.optimizer.loss_scaler if self.settings.precision == "fp16" else None
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss; 1 without fp16."""
+        scaler = self._loss_scaler()
+        return float(scaler.cur_scale) if scaler is not None else 1.0
+
+    def read_scalars(self) -> dict[str, Any]:
+        """Return the engine's counters and the state of its loss scaler, ready for JSON."""
+        scaler = self._loss_scaler()
+        fields = {name: vars(scaler)[name] for name in SCALER_FIELDS if name in vars(scaler)} if scaler else None
+        return {**{name: int(vars(self.engine)[name]) for name in COUNTERS}, "loss_scaler": fields}
+
+    def write_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Set counters and loss scaler, the way DeepSpeed itself does when it loads a checkpoint."""
+        for name in COUNTERS:
+            setattr(self.engine, name, scalars[name])
+        scaler = self._loss_scaler()
+        if scaler is not None and scalars["loss_scaler"] is not None:
+            for name, value in scalars["loss_scaler"].items():
+                setattr(scaler, name, value)
+
+    def bequeath(self) -> Estate:
+        """Return every group's tensors and state, by group name."""
+        return {
+            plan.name: [(tensor, dict(self.optimizer.state[tensor])) for tensor in group["params"]]
+            for plan, group in self.groups()
+        }
+
+    @torch.no_grad()
+    def inherit(self, estate: Estate) -> None:
+        """Take over master weights and moments; ZeRO cuts a group alike in every life, so this is local to a rank."""
+        for plan, group in self.groups():
+            for tensor, (ancestor, state) in zip(group["params"], estate[plan.name], strict=True):
+                if tensor.shape != ancestor.shape:
+                    raise RuntimeError(
+                        f"{plan.name}: ZeRO now gives this rank {tensor.numel()} elements, before {ancestor.numel()}"
+                    )
+                tensor.copy_(ancestor)
+                self.optimizer.state[tensor] = state
+
+    def destroy(self) -> None:
+        """Cut every tie by which DeepSpeed keeps an engine alive; garbage collection does the rest."""
+        self.engine.destroy()
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        for parameter in self._shell.model.parameters():
+            parameter.grad = None
+
+    def gradient_elements(self, *, accumulation: int) -> int:
+        """Return how many gradient elements are reduced over the ranks in one optimizer step."""
+        if self.settings.stage == 1 and self.settings.precision == "bf16" and accumulates_in_fp32(self.settings):
+            # DeepSpeed's BF16_Optimizer reduces whole flat fp32 buffers, with padding and soft-frozen groups.
+            ranks = self.processes.world_size
+            return sum(group["params"][0].numel() * ranks for _, group in self.groups())
+        weights = dict(self._shell.model.named_parameters())
+        trained = sum(weight.numel() for weight in weights.values() if weight.requires_grad)
+        return trained * (accumulation if self.settings.stage == 2 else 1)
+
+    def state_bytes(self) -> tuple[int, int]:
+        """Return the bytes of optimizer state on this rank that belong to parameters, and those of padding."""
+        copies = 3 if self.has_own_masters else 2
+        held = used = 0
+        for plan, group in self.groups():
+            held += sum(tensor.nbytes for tensor in group["params"])
+            used += sum(4 * (part.stop - part.start) for part in self.segments(plan, group))
+        return copies * used, copies * (held - used)

@@ -1,0 +1,203 @@
+"""Reading a DeepSpeed JSON: precision, ZeRO stage and communication, and nothing that the recipe owns."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitfreeze.config import ConfigError
+
+DS_CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+
+_RECIPE = "the recipe owns it"
+_LAYOUT = "it changes where a layer's values lie in ZeRO's flat buffers, on which dropping a layer relies"
+_MONITOR = "DeepSpeed rebuilds its monitors whenever a layer is dropped; runs write metrics.jsonl and TensorBoard files"
+_OFFLOAD = "offloaded optimizer state stays referenced by the parameters, so a dropped layer's memory never returns"
+
+# Why a key that DeepSpeed knows is not allowed here.
+REFUSED_KEYS: Mapping[str, str] = {
+    "train_batch_size": f"{_RECIPE}: set batch.global_size",
+    "train_micro_batch_size_per_gpu": f"{_RECIPE}: set batch.micro_size",
+    "gradient_accumulation_steps": f"{_RECIPE}: it is derived from the global batch",
+    "optimizer": f"{_RECIPE}: set optim.*",
+    "scheduler": f"{_RECIPE}: set optim.* and freeze.*",
+    "zero_allow_untested_optimizer": "it is set for you",
+    "zero_force_ds_cpu_optimizer": _OFFLOAD,
+    "tensorboard": _MONITOR,
+    "wandb": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "comet": _MONITOR,
+    "activation_checkpointing": f"{_RECIPE}: set model.activation_checkpointing",
+    "amp": "use fp16 or bf16",
+    "torch_autocast": "use fp16 or bf16",
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.zenflow": _OFFLOAD,
+    "zero_optimization.offload_param": "it needs stage 3",
+    "zero_optimization.round_robin_gradients": _LAYOUT,
+    "zero_optimization.parameter_alignment": _LAYOUT,
+    "fp16.auto_cast": "it would round the images from which the HOG targets are computed",
+    "fp16.fp16_master_weights_and_grads": "it gives up the fp32 master weights",
+    "bf16.bf16_master_weights_and_grads": "it gives up the fp32 master weights",
+    "bf16.bf16_optimizer_states": "it gives up the fp32 moments",
+}
+ALLOWED_KEYS: Mapping[str, tuple[str, ...]] = {
+    "": (
+        *("fp16", "bf16", "zero_optimization", "gradient_clipping", "communication_data_type", "data_types"),
+        *("wall_clock_breakdown", "comms_logger"),
+    ),
+    "fp16": (
+        *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+        "consecutive_hysteresis",
+    ),
+    "bf16": ("enabled", "check_grad_overflow"),
+    "data_types": ("grad_accum_dtype",),
+    "zero_optimization": (
+        *("stage", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients"),
+        *("reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce", "compute_grad_norm"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedSettings:
+    """A checked DeepSpeed JSON: its content, where it came from, and the two facts that decide how state is held."""
+
+    content: Mapping[str, Any]
+    source: str
+    stage: int
+    precision: str  # fp32, bf16 or fp16
+
+    def refuse(self, key: str, value: object, allowed: str) -> ConfigError:
+        """Return the error for a value that cannot be used."""
+        return ConfigError(f"{key} = {value!r} in {self.source}: {allowed}")
+
+
+def _load(ds_config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
+    if isinstance(ds_config, Mapping):
+        return dict(ds_config), "the given DeepSpeed configuration"
+    try:
+        content = json.loads(Path(ds_config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed configuration {ds_config} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed configuration {ds_config} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"DeepSpeed configuration {ds_config} holds a {type(content).__name__}, not an object")
+    return content, str(ds_config)
+
+
+def _check_keys(content: Mapping[str, Any], source: str, section: str = "") -> None:
+    for key, value in content.items():
+        path = f"{section}.{key}" if section else key
+        if path in REFUSED_KEYS:
+            raise ConfigError(f"{path} = {value!r} in {source} is not allowed: {REFUSED_KEYS[path]}")
+        if key not in ALLOWED_KEYS[section]:
+            near = difflib.get_close_matches(key, ALLOWED_KEYS[section], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(ALLOWED_KEYS[section])}"
+            raise ConfigError(f"{path} = {value!r} in {source} is not a key that can be used here; {hint}")
+        if path in ALLOWED_KEYS and path:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{path} = {value!r} in {source} must be an object with keys")
+            _check_keys(value, source, path)
+
+
+def _enabled(content: Mapping[str, Any], section: str) -> bool:
+    return bool(content.get(section, {}).get("enabled", False))
+
+
+def read_settings(ds_config: Mapping[str, Any] | str | Path) -> DeepSpeedSettings:
+    """Read and check a DeepSpeed configuration, given as a path to JSON or as its content.
+
+    Raises:
+        ConfigError: it cannot be read, sets what the recipe owns, asks for a ZeRO stage or a combination that is
+            not supported, or leaves gradient clipping to DeepSpeed's default.
+    """
+    content, source = _load(ds_config)
+    _check_keys(content, source)
+    stage = content.get("zero_optimization", {}).get("stage")
+    fp16, bf16 = _enabled(content, "fp16"), _enabled(content, "bf16")
+    settings = DeepSpeedSettings(
+        content=content, source=source, stage=stage, precision="fp16" if fp16 else "bf16" if bf16 else "fp32"
+    )
+    if stage not in (0, 1, 2) or isinstance(stage, bool):
+        reason = " (3 would scatter frozen weights too, and a ViT's weights fit every GPU)" if stage == 3 else ""
+        raise settings.refuse("zero_optimization.stage", stage, f"allowed are 0, 1 and 2{reason}")
+    if fp16 and bf16:
+        raise settings.refuse("bf16.enabled", True, "only one of fp16 and bf16 may be enabled")
+    if fp16 and stage == 0:
+        raise settings.refuse("zero_optimization.stage", 0, "fp16 needs stage 1 or 2: stage 0 does not scale the loss")
+    clipping = content.get("gradient_clipping")
+    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
+        raise settings.refuse(
+            "gradient_clipping", clipping, "give a norm, or 0 for none as in LocalMIM; DeepSpeed's default is 1.0"
+        )
+    _check_accumulation_dtype(settings)
+    return settings
+
+
+def _check_accumulation_dtype(settings: DeepSpeedSettings) -> None:
+    dtype = settings.content.get("data_types", {}).get("grad_accum_dtype", settings.precision)
+    allowed = {settings.precision} if settings.stage == 0 else {settings.precision, "fp32"}
+    if dtype not in allowed:
+        raise settings.refuse(
+            "data_types.grad_accum_dtype",
+            dtype,
+            f"with {settings.precision} and stage {settings.stage} allowed are {' and '.join(sorted(allowed))}",
+        )
+
+
+def accumulates_in_fp32(settings: DeepSpeedSettings) -> bool:
+    """Tell whether gradients of a half-precision run are summed in fp32 over micro-batches."""
+    dtype = settings.content.get("data_types", {}).get("grad_accum_dtype", settings.precision)
+    return settings.precision != "fp32" and dtype == "fp32"
+
+
+def complete_settings(
+    settings: DeepSpeedSettings, *, micro_batch: int, accumulation: int, world_size: int, active_elements: int
+) -> dict[str, Any]:
+    """Return what DeepSpeed is given: the settings, with the recipe's batch sizes.
+
+    ZeRO allocates `reduce_bucket_size` elements in every backward pass whatever the model's size, so the bucket is
+    never larger than what is still trained: this memory, too, comes back as layers freeze.
+    """
+    zero = dict(settings.content["zero_optimization"])
+    if settings.stage and "reduce_bucket_size" in zero:
+        zero["reduce_bucket_size"] = min(int(zero["reduce_bucket_size"]), max(active_elements, 1))
+    return {
+        **settings.content,
+        "zero_optimization": zero,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "log_level": "warning",
+    }
+
+
+def choose_ds_config(path: str | Path, *, device: torch.device) -> Path:
+    """Return the DeepSpeed JSON of a run: the given one, or, when that is empty, what suits the device.
+
+    Without a wish a CPU gets cpu.json, a GPU with bf16 units zero1_bf16.json and an older one zero1_fp16.json, from
+    the ds_configs folder beside the package.
+
+    Raises:
+        ConfigError: nothing was given and there is no such folder, as when only the package was installed.
+    """
+    if str(path):
+        return Path(path)
+    if device.type != "cuda":
+        name = "cpu.json"
+    else:
+        name = "zero1_bf16.json" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16.json"
+    chosen = DS_CONFIG_FOLDER / name
+    if not chosen.is_file():
+        raise ConfigError(f"run.ds_config is empty and there is no {chosen}: give the path of a DeepSpeed JSON")
+    return chosen
