@@ -107,14 +107,14 @@ def test_knn_agrees_with_votes_by_hand(bank_chunk: int, monkeypatch: pytest.Monk
     found = knn_accuracy(train, train_labels, test, test_labels, k=(1, 10, 20), chunk=8)
     for k in (1, 10, 20):
         guesses = [vote_by_hand(train, train_labels, query, k=k, temperature=0.07) for query in test]
-        by_hand = 100 * sum(g == int(label) for g, label in zip(guesses, test_labels, strict=True)) / 31
+        by_hand = sum(g == int(label) for g, label in zip(guesses, test_labels, strict=True)) / 31
         assert found[k] == pytest.approx(by_hand)
 
 
 def test_knn_takes_direction_and_not_length() -> None:
     train = torch.tensor([[10.0, 0.0], [0.1, 0.1], [0.0, 1.0]])
     found = knn_accuracy(train, torch.tensor([0, 1, 2]), torch.tensor([[5.0, 5.1]]), torch.tensor([1]), k=(1,))
-    assert found == {1: 100.0}
+    assert found == {1: 1.0}
 
 
 def test_knn_refuses_bad_input() -> None:

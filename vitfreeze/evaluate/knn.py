@@ -30,7 +30,7 @@ def knn_accuracy(
     chunk: int = 512,
     device: torch.device | None = None,
 ) -> dict[int, float]:
-    """Return the top-1 accuracy in percent for each number of neighbours.
+    """Return the top-1 accuracy, from 0 to 1, for each number of neighbours.
 
     Args:
         train_features: (N, D) features of the images that vote.
@@ -49,7 +49,7 @@ def knn_accuracy(
         train_features, train_labels, test_features, test_labels, k=k, temperature=temperature, chunk=chunk,
         device=device,
     )  # fmt: skip
-    return {neighbours: 100 * count / len(test_labels) for neighbours, count in correct.items()}
+    return {neighbours: count / len(test_labels) for neighbours, count in correct.items()}
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def count_correct(
 
 
 def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], device: torch.device) -> dict[int, float]:
-    """Return the top-1 accuracy in percent over the test images of all ranks.
+    """Return the top-1 accuracy, from 0 to 1, over the test images of all ranks.
 
     Every rank gets all training features, and classifies its own test images.
 
@@ -101,7 +101,7 @@ def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], device:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(totals)
     *hits, images = totals.tolist()
-    return {count: 100 * hit / images for count, hit in zip(correct, hits, strict=True)}
+    return {count: hit / images for count, hit in zip(correct, hits, strict=True)}
 
 
 def _find_nearest(queries_QD: Tensor, bank_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
