@@ -376,6 +376,17 @@ class RunSchedule:
             return self.layers.frozen_layers(step)
         return self.adaptive.frozen_layers(step) if self.adaptive is not None else 0
 
+    def prefix_changes(self) -> tuple[tuple[int, int], ...]:
+        """Return (step, frozen_layers from then on) for every step at which the prefix grows; adaptive: so far."""
+        if self.layers is not None:
+            steps = sorted({self.layers.freeze_step(layer) for layer in range(self.layers.num_layers)})
+            return tuple((step, self.frozen_layers(step)) for step in steps if step < self.total_steps)
+        changes: list[tuple[int, int]] = []
+        for check in self.adaptive.log if self.adaptive is not None else ():
+            if check.frozen_layers > (changes[-1][1] if changes else 0):
+                changes.append((check.step, check.frozen_layers))
+        return tuple(changes)
+
     def active_heads(self, step: int) -> tuple[int, ...]:
         """Return the indices of the heads that train at `step`, finest first."""
         return active_heads(self.frozen_layers(step), depth=self.depth)

@@ -1,0 +1,32 @@
+"""What freezing will save, before training; and what it did save, after."""
+
+from vitfreeze.planner.costs import ModelCosts
+from vitfreeze.planner.measured import Comparison, StepTimes, compare_with_measurement, read_step_times
+from vitfreeze.planner.plan import Machine, Plan, Stage, plan
+from vitfreeze.planner.targets import Target, solve_targets
+from vitfreeze.planner.text import (
+    format_comparison,
+    format_plan,
+    format_plans_side_by_side,
+    format_targets,
+    scaling_efficiency,
+)
+
+__all__ = [
+    "Comparison",
+    "Machine",
+    "ModelCosts",
+    "Plan",
+    "Stage",
+    "StepTimes",
+    "Target",
+    "compare_with_measurement",
+    "format_comparison",
+    "format_plan",
+    "format_plans_side_by_side",
+    "format_targets",
+    "plan",
+    "read_step_times",
+    "scaling_efficiency",
+    "solve_targets",
+]

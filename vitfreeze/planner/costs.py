@@ -1,0 +1,314 @@
+"""What one step costs when a prefix is frozen, in closed form: operations, parameters, bytes. No torch.
+
+Operations are counted as torch's FlopCounterMode does: two for each multiply-add of a matrix product, nothing
+for elementwise work. All figures are per image unless a name says otherwise. What is counted is this package's
+LocalMIM: only visible patches are embedded and encoded, and the last block of a decoder computes only the tokens
+that the loss reads.
+
+Letters in the formulas: V visible patches, L patches, D width of the encoder, W width of a decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from vitfreeze.architecture import HEAD_SCALES, ModelSize, active_heads, tap_blocks
+from vitfreeze.config import Config
+from vitfreeze.schedule import freeze_units
+
+# Fused attention keeps no scores: its backward pass computes them again, so five products stand against two.
+ATTENTION_BACKWARD = 2.5
+# Both directions of a 3 x 3 Sobel filter, magnitude, angle, bin and histogram: elementwise, per pixel and channel.
+HOG_OPERATIONS_PER_PIXEL = 28
+BYTES_OF_PRECISION = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Operations of matrix products in the forward pass: those with weights, and those of attention."""
+
+    linear: float
+    attention: float = 0.0
+
+    def __add__(self, other: Product) -> Product:
+        return Product(linear=self.linear + other.linear, attention=self.attention + other.attention)
+
+    @property
+    def forward(self) -> float:
+        """Operations of the forward pass."""
+        return self.linear + self.attention
+
+    @property
+    def backward(self) -> float:
+        """Operations of the backward pass for the gradients of both weights and inputs."""
+        return 2 * self.linear + ATTENTION_BACKWARD * self.attention
+
+    @property
+    def backward_to_input(self) -> float:
+        """Operations of the backward pass through weights that need no gradient."""
+        return self.linear + ATTENTION_BACKWARD * self.attention
+
+
+def _linear(rows: int, inputs: int, outputs: int) -> float:
+    return 2.0 * rows * inputs * outputs
+
+
+def _block(tokens: int, width: int, mlp_ratio: float, *, queries: int | None = None) -> Product:
+    """One transformer block on `tokens` tokens that computes the outputs of `queries` of them (default: all)."""
+    queries = tokens if queries is None else queries
+    hidden = int(width * mlp_ratio)
+    linear = _linear(tokens, width, 2 * width) + 2 * _linear(queries, width, width)
+    linear += 2 * _linear(queries, width, hidden)
+    return Product(linear=linear, attention=4.0 * queries * tokens * width)
+
+
+def _block_parameters(width: int, mlp_ratio: float) -> tuple[int, int]:
+    """Return the parameters of a block that weight decay acts on, and those it does not: norms and biases."""
+    hidden = int(width * mlp_ratio)
+    return 4 * width * width + 2 * width * hidden, 9 * width + hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Numbers that autograd keeps: those in the precision of the weights, and those in float32 (or as wide)."""
+
+    numbers: float = 0.0
+    float32: float = 0.0
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(numbers=self.numbers + other.numbers, float32=self.float32 + other.float32)
+
+    def __mul__(self, count: int) -> Kept:
+        return Kept(numbers=self.numbers * count, float32=self.float32 * count)
+
+    def bytes(self, precision: str) -> float:
+        """Return the size in bytes."""
+        return self.numbers * BYTES_OF_PRECISION[precision] + 4 * self.float32
+
+
+def _block_kept(tokens: int, width: int, mlp_ratio: float, *, heads: int) -> Kept:
+    """What a block keeps: two norms' inputs and outputs, q, k, v, attention's output, GELU's input and output."""
+    return Kept(numbers=(8 + 2 * mlp_ratio) * tokens * width, float32=(4.0 + heads) * tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCosts:
+    """Operations, parameters and bytes of one LocalMIM as functions of the length of the frozen prefix.
+
+    `freeze_cls_token` and `freeze_patch_embed` say whether these freeze with layer 0; if one does not, the
+    backward pass runs through the whole prefix to reach it.
+    """
+
+    size: ModelSize
+    img_size: int
+    mask_ratio: float
+    hog_nbins: int
+    freeze_cls_token: bool = True
+    freeze_patch_embed: bool = True
+    activation_checkpointing: bool = False
+
+    @classmethod
+    def from_config(cls, config: Config) -> ModelCosts:
+        """Build the costs of the model of a run."""
+        model = config.model
+        return cls(
+            size=model.resolve(), img_size=model.img_size, mask_ratio=model.mask_ratio, hog_nbins=model.hog_nbins,
+            freeze_cls_token=config.freeze.cls_token, freeze_patch_embed=config.freeze.patch_embed,
+            activation_checkpointing=model.activation_checkpointing,
+        )  # fmt: skip
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.img_size // self.size.patch_size) ** 2
+
+    @property
+    def num_visible(self) -> int:
+        """Patches that the encoder sees."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    @property
+    def hog_operations(self) -> float:
+        """Elementwise operations of the HOG targets, which are no part of the counted ones."""
+        return HOG_OPERATIONS_PER_PIXEL * 3.0 * self.img_size**2
+
+    # Operations ------------------------------------------------------------------------------------------------------
+
+    def embedding(self) -> Product:
+        """Products of the patch embedding, of visible patches only."""
+        return Product(linear=_linear(self.num_visible, 3 * self.size.patch_size**2, self.size.embed_dim))
+
+    def block(self) -> Product:
+        """Products of one block of the encoder."""
+        return _block(self.num_visible + 1, self.size.embed_dim, self.size.mlp_ratio)
+
+    def head(self, head: int) -> Product:
+        """Products of one head: embedding, decoder blocks, prediction."""
+        size, scale, tokens, outputs = self.size, HEAD_SCALES[head], self.num_patches + 1, 3 * self.hog_nbins
+        width, masked = size.decoder_embed_dim, self.num_patches - self.num_visible
+        total = Product(linear=_linear(self.num_visible + 1, size.embed_dim, width))
+        for _ in range(size.decoder_depth - 1):
+            total += _block(tokens, width, size.mlp_ratio)
+        read = masked if scale >= 1 else self.num_patches
+        total += _block(tokens, width, size.mlp_ratio, queries=read)
+        return total + Product(linear=self._prediction(scale, masked=masked, width=width, outputs=outputs))
+
+    def _prediction(self, scale: float, *, masked: int, width: int, outputs: int) -> float:
+        if scale == 4:
+            return _linear(masked, width, 4 * (width // 2)) + _linear(4 * masked, width // 2, 4 * outputs)
+        if scale == 2:
+            return _linear(masked, width, 4 * outputs)
+        return _linear(masked if scale == 1 else self.num_patches // 4, width, outputs)
+
+    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
+        """Return the indices of the heads that still train."""
+        return active_heads(frozen_layers, depth=self.size.depth)
+
+    def goes_through_prefix(self, frozen_layers: int) -> bool:
+        """Say whether the backward pass runs through the frozen blocks, to what does not freeze below them."""
+        return frozen_layers > 0 and not (self.freeze_cls_token and self.freeze_patch_embed)
+
+    def forward_flops(self, frozen_layers: int) -> float:
+        """Return the operations of the forward pass: the whole encoder, and the heads that are left."""
+        heads = sum(self.head(head).forward for head in self.heads_left(frozen_layers))
+        return self.embedding().forward + self.size.depth * self.block().forward + heads
+
+    def backward_flops(self, frozen_layers: int) -> float:
+        """Return the operations of the backward pass, with those of recomputed activations."""
+        frozen_blocks = max(frozen_layers - 1, 0)
+        active_blocks = self.size.depth - frozen_blocks
+        total = sum(self.head(head).backward for head in self.heads_left(frozen_layers))
+        total += active_blocks * self.block().backward
+        if frozen_layers == 0 or not self.freeze_patch_embed:
+            total += self.embedding().linear  # gradients of the weights; pixels need none
+        if self.goes_through_prefix(frozen_layers):
+            total += frozen_blocks * self.block().backward_to_input
+        if self.activation_checkpointing:
+            total += active_blocks * (self.block().forward - self._last_product_of_block())
+        return total
+
+    def _last_product_of_block(self) -> float:
+        """Operations of a block's last product, whose output nothing in the block keeps: recomputing stops before."""
+        width = self.size.embed_dim
+        return _linear(self.num_visible + 1, int(width * self.size.mlp_ratio), width)
+
+    def step_flops(self, frozen_layers: int) -> float:
+        """Return the operations of forward and backward pass together."""
+        return self.forward_flops(frozen_layers) + self.backward_flops(frozen_layers)
+
+    # Activations kept for the backward pass ---------------------------------------------------------------------------
+
+    def activation_bytes(self, frozen_layers: int, *, precision: str) -> float:
+        """Return the bytes that autograd keeps per image: inputs of products, norms, nonlinearities and losses.
+
+        With activation checkpointing it is the inputs of the active blocks and all of one block. Temporary
+        buffers, such as those of the HOG targets, are not counted.
+        """
+        kept = self._embedding_kept(frozen_layers) + self._encoder_kept(frozen_layers)
+        for head in self.heads_left(frozen_layers):
+            kept += self._head_kept(head)
+        return kept.bytes(precision)
+
+    def _embedding_kept(self, frozen_layers: int) -> Kept:
+        trained = frozen_layers == 0 or not self.freeze_patch_embed
+        return Kept(numbers=trained * self.num_visible * 3.0 * self.size.patch_size**2)
+
+    def _encoder_kept(self, frozen_layers: int) -> Kept:
+        size, tokens = self.size, self.num_visible + 1
+        block = _block_kept(tokens, size.embed_dim, size.mlp_ratio, heads=size.num_heads)
+        frozen_blocks = max(frozen_layers - 1, 0)
+        active_blocks = size.depth - frozen_blocks
+        if self.activation_checkpointing:
+            kept = Kept(numbers=active_blocks * tokens * size.embed_dim) + block
+        else:
+            kept = block * active_blocks
+        if self.goes_through_prefix(frozen_layers):
+            # No gradients of weights, so no inputs of products: qkv, proj (held by attention), fc1, fc2.
+            inputs = (2 + size.mlp_ratio) * tokens * size.embed_dim
+            kept += (block + Kept(numbers=-inputs)) * frozen_blocks
+        return kept
+
+    def _head_kept(self, head: int) -> Kept:
+        size, scale, outputs = self.size, HEAD_SCALES[head], 3 * self.hog_nbins
+        tokens, visible, width = self.num_patches + 1, self.num_visible + 1, size.decoder_embed_dim
+        read = self.num_patches - self.num_visible if scale >= 1 else self.num_patches
+        # The tap itself is the input of the next block, which keeps it already; the last block has no next.
+        taps = 2 if tap_blocks(size.depth)[head] == size.depth else 1
+        kept = Kept(numbers=taps * visible * size.embed_dim, float32=2.0 * visible)
+        full = _block_kept(tokens, width, size.mlp_ratio, heads=size.decoder_num_heads)
+        kept += full * (size.decoder_depth - 1)
+        kept += Kept(
+            numbers=(4 * tokens + (5 + 2 * size.mlp_ratio) * read) * width,
+            float32=2 * tokens + (2 + size.decoder_num_heads) * read,
+        )
+        kept += Kept(numbers=read * width, float32=2.0 * read)  # the decoder's norm
+        return kept + self._prediction_kept(scale, read=read, width=width, outputs=outputs)
+
+    def _prediction_kept(self, scale: float, *, read: int, width: int, outputs: int) -> Kept:
+        if scale < 1:  # the gathered tokens with their index, the pooled ones, errors and weights
+            cells = read // 4
+            return Kept(numbers=(read + cells) * width, float32=2.0 * read + cells * (outputs + 1))
+        cells = read * int(scale) ** 2
+        kept = Kept(numbers=read * width, float32=2.0 * cells * outputs)
+        if scale == 4:  # norm, GELU and the second product, each on 4 x read tokens of half the width
+            kept += Kept(numbers=3 * 4 * read * (width // 2), float32=2 * 4 * read)
+        return kept
+
+    # Parameters ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def group_parameters(self) -> dict[str, int]:
+        """Number of parameters of every optimizer group: '<unit>.decay' and '<unit>.no_decay'."""
+        size = self.size
+        decay, no_decay = _block_parameters(size.embed_dim, size.mlp_ratio)
+        groups = {"patch_embed.decay": 3 * size.patch_size**2 * size.embed_dim, "patch_embed.no_decay": size.embed_dim}
+        groups["cls_token.decay"] = size.embed_dim
+        for layer in range(1, size.depth + 1):
+            groups |= {f"layer_{layer:02d}.decay": decay, f"layer_{layer:02d}.no_decay": no_decay}
+        for head in range(len(HEAD_SCALES)):
+            decay, no_decay = self._head_parameters(HEAD_SCALES[head])
+            groups |= {f"head_{head}.decay": decay, f"head_{head}.no_decay": no_decay}
+        for name, freezes in (("patch_embed", self.freeze_patch_embed), ("cls_token", self.freeze_cls_token)):
+            for kind in ("decay", "no_decay"):
+                if freezes and f"{name}.{kind}" in groups:
+                    layer_0 = f"layer_00.{kind}"
+                    groups[layer_0] = groups.get(layer_0, 0) + groups.pop(f"{name}.{kind}")
+        return groups
+
+    def _head_parameters(self, scale: float) -> tuple[int, int]:
+        size, outputs = self.size, 3 * self.hog_nbins
+        width, half, quarter = size.decoder_embed_dim, size.decoder_embed_dim // 2, size.decoder_embed_dim // 4
+        block_decay, block_no_decay = _block_parameters(width, size.mlp_ratio)
+        decay = size.embed_dim * width + width + size.decoder_depth * block_decay  # with the mask token
+        no_decay = 2 * size.embed_dim + width + size.decoder_depth * block_no_decay + 2 * width
+        if scale == 4:
+            decay += 4 * width * half + 4 * half * quarter + quarter * outputs
+            no_decay += half + 2 * half + quarter + outputs
+        elif scale == 2:
+            decay += 4 * width * half + half * outputs
+            no_decay += half + outputs
+        else:
+            decay += width * outputs
+            no_decay += outputs
+        return decay, no_decay
+
+    def trained_groups(self, frozen_layers: int) -> dict[str, int]:
+        """Return the groups that still train and their parameters."""
+        units = freeze_units(self.size.depth, cls_token=self.freeze_cls_token, patch_embed=self.freeze_patch_embed)
+        left = {unit.name for unit in units if unit.leaves_with is None or unit.leaves_with >= frozen_layers}
+        return {name: count for name, count in self.group_parameters.items() if name.partition(".")[0] in left}
+
+    def trainable_parameters(self, frozen_layers: int) -> int:
+        """Return the number of parameters that still train."""
+        return sum(self.trained_groups(frozen_layers).values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of all parameters, heads included."""
+        return sum(self.group_parameters.values())
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Number of the encoder's parameters, class token included."""
+        return sum(count for name, count in self.group_parameters.items() if not name.startswith("head_"))

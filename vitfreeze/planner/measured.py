@@ -1,0 +1,142 @@
+"""Measured steps: read for a prediction, or held against the plan after a run. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from vitfreeze.config import ConfigError
+from vitfreeze.planner.costs import ModelCosts
+
+if TYPE_CHECKING:
+    from vitfreeze.planner.plan import Plan, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Milliseconds of a training step at some lengths of the frozen prefix, measured on one machine."""
+
+    source: str
+    images: int  # per step and rank
+    step_ms: Mapping[int, float]
+
+    @property
+    def ms_per_image(self) -> float:
+        """Milliseconds per image before anything is frozen."""
+        return self.step_ms[0] / self.images
+
+    def relative_cost(self, frozen_layers: int, *, costs: ModelCosts) -> float:
+        """Return the cost of a step relative to the start.
+
+        Between measured prefixes it is the counted operations, times the ratio of measured to counted cost, which
+        is interpolated; beyond the last one that ratio stays.
+        """
+        known = sorted(self.step_ms)
+        below = max(k for k in known if k <= frozen_layers)
+        above = min((k for k in known if k >= frozen_layers), default=below)
+        along = (frozen_layers - below) / (above - below) if above > below else 0.0
+        ratio = (1 - along) * self._ratio(below, costs=costs) + along * self._ratio(above, costs=costs)
+        return ratio * costs.step_flops(frozen_layers) / costs.step_flops(0)
+
+    def _ratio(self, frozen_layers: int, *, costs: ModelCosts) -> float:
+        measured = self.step_ms[frozen_layers] / self.step_ms[0]
+        return measured * costs.step_flops(0) / costs.step_flops(frozen_layers)
+
+
+def read_step_times(path: Path) -> StepTimes:
+    """Read what `vitfreeze bench step --json` printed.
+
+    Raises:
+        ConfigError: the file cannot be read, or lacks the steps before anything is frozen or the images per step.
+    """
+    try:
+        content = json.loads(path.read_text())
+        step_ms = {int(row["frozen_layers"]): float(row["step_ms"]) for row in content["rows"]}
+        images = int(content["micro_batch"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} does not hold what `vitfreeze bench step --json` prints: {error!r}") from None
+    if 0 not in step_ms or len(step_ms) < 2 or min(step_ms.values()) <= 0 or images < 1:
+        raise ConfigError(
+            f"{path} must hold the time of a step with 0 frozen layers and with at least one other number"
+        )
+    return StepTimes(source=path.name, images=images, step_ms=step_ms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageComparison:
+    """One stage of a run: what was predicted and what was measured; costs are relative to the run's own start."""
+
+    frozen_layers: int
+    steps: int  # that the metrics cover
+    images_per_second: float  # median
+    predicted_cost: float
+    measured_cost: float
+    data_wait_fraction: float  # mean
+    predicted_state_bytes: int
+    measured_state_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The plan held against a run. Savings are shares of the compute time of the steps that the metrics cover."""
+
+    stages: tuple[StageComparison, ...]
+    predicted_saving: float
+    measured_saving: float
+
+
+def compare_with_measurement(plan: Plan, metrics: Sequence[Mapping[str, Any]]) -> Comparison:
+    """Hold the plan of a run against the lines of its metrics.jsonl, stage by stage.
+
+    A line counts for the steps since the line before it. The speed of a stage is the median over its lines, without
+    its first when there are more, because that one holds the warm-up of caches, allocators and compilers.
+
+    Raises:
+        ValueError: no line was logged before anything froze, so there is nothing to compare with.
+    """
+    covered: dict[int, int] = {}
+    lines: dict[int, list[Mapping[str, Any]]] = {}
+    previous = 0
+    for line in sorted(metrics, key=lambda line: line["step"]):
+        frozen = line["frozen_layers"]
+        covered[frozen] = covered.get(frozen, 0) + line["step"] - previous
+        lines.setdefault(frozen, []).append(line)
+        previous = line["step"]
+    if 0 not in lines:
+        raise ValueError("the metrics hold no step before the first freeze, so there is no speed to compare with")
+    start = median([line["images_per_second"] for line in _settled(lines[0])])
+    by_prefix = {stage.frozen_layers: stage for stage in plan.stages}
+    stages = tuple(
+        _compare_stage(by_prefix[frozen], lines[frozen], steps=covered[frozen], start=start)
+        for frozen in sorted(lines)
+        if frozen in by_prefix
+    )
+    steps = sum(stage.steps for stage in stages)
+    return Comparison(
+        stages=stages,
+        predicted_saving=1 - sum(stage.steps * stage.predicted_cost for stage in stages) / steps,
+        measured_saving=1 - sum(stage.steps * stage.measured_cost for stage in stages) / steps,
+    )
+
+
+def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: int, start: float) -> StageComparison:
+    settled = _settled(lines)
+    speed = median([line["images_per_second"] for line in settled])
+    return StageComparison(
+        frozen_layers=stage.frozen_layers,
+        steps=steps,
+        images_per_second=speed,
+        predicted_cost=stage.relative_cost,
+        measured_cost=start / speed,
+        data_wait_fraction=sum(line["data_wait_fraction"] for line in settled) / len(settled),
+        predicted_state_bytes=stage.optimizer_state_bytes,
+        measured_state_bytes=lines[-1]["optimizer_state_bytes"],
+    )
+
+
+def _settled(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return lines[1:] if len(lines) > 1 else lines

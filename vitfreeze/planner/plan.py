@@ -1,0 +1,296 @@
+"""The plan of a run: what freezing saves, predicted from counted operations or from measured steps. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vitfreeze.config import Config, ConfigError, derive_accumulation
+from vitfreeze.planner.costs import BYTES_OF_PRECISION, ModelCosts
+from vitfreeze.planner.measured import StepTimes
+from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, describe_authors
+from vitfreeze.schedule import RunSchedule, build_schedule
+
+# The authors' 48 hours on one V100 for 100 epochs of LocalMIM ViT-B, at 31.2 GFLOP an image in their code.
+AUTHORS_TERAFLOPS = 23.2
+DS_CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+# What a run takes on a GPU with bfloat16 when run.ds_config is empty.
+DEFAULT_DS_CONFIG: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 1},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the plan needs to know of the ranks and of DeepSpeed's settings."""
+
+    world_size: int
+    zero_stage: int
+    precision: str  # of weights and activations: fp32, bf16 or fp16
+    fp32_gradients: bool  # summed over micro-batches in float32
+    source: str
+
+    @property
+    def state_bytes_per_parameter(self) -> int:
+        """Two float32 moments, and a float32 master weight unless the weights themselves are that (stage 0, fp32)."""
+        return 8 if self.zero_stage == 0 and self.precision == "fp32" else 12
+
+    @property
+    def gradient_bytes_per_parameter(self) -> int:
+        """Bytes of one gradient element as it is summed over the ranks."""
+        in_float32 = self.fp32_gradients and self.zero_stage == 1
+        return 4 if in_float32 else BYTES_OF_PRECISION[self.precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of the run between two freezes. Bytes are those of the rank that holds most."""
+
+    first_step: int
+    end_step: int
+    epoch: float
+    share_of_run: float
+    frozen_layers: int
+    layers_frozen_now: tuple[int, ...]
+    heads_left: tuple[int, ...]
+    trainable_parameters: int
+    optimizer_state_bytes: int
+    gradient_bytes_per_step: int
+    communication_bytes_per_step: float
+    activation_bytes: float
+    memory_bytes: float
+    flops_per_image: float
+    relative_cost: float
+    step_ms: float
+    communication_ms: float | None
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of this stage."""
+        return self.end_step - self.first_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will cost and what freezing saves of it, against the same run without freezing.
+
+    `saving` is the share of the compute time; `flops_saving` the share of the counted operations. They differ when
+    the plan was given measured steps.
+    """
+
+    recipe: str
+    model: str
+    mode: str
+    t_0: float
+    how: str
+    scale_lr: bool
+    machine: Machine
+    images_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    stages: tuple[Stage, ...]
+    timing: str
+    gpu_hours: float
+    gpu_hours_saved: float
+    saving: float
+    flops_saving: float
+    peak_memory_bytes: float
+    communication_saving: float | None
+    bandwidth_gigabytes: float | None
+    authors: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """Return the plan as JSON for machines."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_machine(config: Config, *, world_size: int) -> Machine:
+    """Read ZeRO stage and precision from the DeepSpeed JSON of the run.
+
+    Raises:
+        ConfigError: there is no such file, it is not JSON, or its stage is not 0, 1 or 2.
+    """
+    if world_size < 1:
+        raise ConfigError(f"the number of ranks is {world_size}, but it must be at least 1")
+    name = config.run.ds_config
+    content, source = DEFAULT_DS_CONFIG, "the default on a GPU with bfloat16"
+    if name:
+        path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
+        try:
+            content, source = json.loads(path.read_text()), path.name
+        except (OSError, json.JSONDecodeError) as error:
+            raise config.error("run.ds_config", f"a readable JSON file; {path} is not: {error}") from None
+    stage = content.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 1, 2):
+        raise config.error("run.ds_config", f"a file with ZeRO stage 0, 1 or 2, and this one has {stage!r}")
+    precision = next((half for half in ("fp16", "bf16") if content.get(half, {}).get("enabled")), "fp32")
+    accumulated = content.get("data_types", {}).get("grad_accum_dtype", precision)
+    return Machine(
+        world_size=world_size, zero_stage=stage, precision=precision, source=source,
+        fp32_gradients=precision != "fp32" and accumulated == "fp32",
+    )  # fmt: skip
+
+
+def plan(
+    config: Config,
+    *,
+    images_per_epoch: int = IMAGENET_TRAIN_IMAGES,
+    steps_per_epoch: int | None = None,
+    world_size: int = 1,
+    times: StepTimes | None = None,
+    teraflops: float = AUTHORS_TERAFLOPS,
+    bandwidth_gigabytes: float | None = None,
+    events: Sequence[dict[str, Any]] = (),
+) -> Plan:
+    """Predict a run from its settings alone.
+
+    Args:
+        config: the run.
+        images_per_epoch: training images; steps_per_epoch overrides what follows from it.
+        world_size: ranks.
+        times: measured steps; without them a step takes its counted operations at `teraflops` per rank.
+        teraflops: operations that one rank sustains, in units of 1e12 per second.
+        bandwidth_gigabytes: GB/s through which a ring all-reduce enters and leaves a node, to predict communication.
+        events: lines of events.jsonl, for what an adaptive run has frozen so far.
+
+    Raises:
+        ConfigError: settings that cannot be used, or fewer images than one global batch.
+    """
+    for name, value in (("the sustained TFLOP/s", teraflops), ("the bandwidth in GB/s", bandwidth_gigabytes)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value}, but it must be a number above 0")
+    if steps_per_epoch is None:
+        steps_per_epoch = images_per_epoch // config.batch.global_size
+        if steps_per_epoch < 1:
+            raise config.error("batch.global_size", f"at most one epoch, which has {images_per_epoch} images")
+    schedule = build_schedule(config, steps_per_epoch=steps_per_epoch, events=events)
+    return _Planner(
+        config=config, schedule=schedule, costs=ModelCosts.from_config(config), times=times, teraflops=teraflops,
+        machine=read_machine(config, world_size=world_size), bandwidth_gigabytes=bandwidth_gigabytes,
+    ).build(images_per_epoch=images_per_epoch, steps_per_epoch=steps_per_epoch)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planner:
+    """The parts that a plan is computed from."""
+
+    config: Config
+    schedule: RunSchedule
+    costs: ModelCosts
+    machine: Machine
+    times: StepTimes | None
+    teraflops: float
+    bandwidth_gigabytes: float | None
+
+    def build(self, *, images_per_epoch: int, steps_per_epoch: int) -> Plan:
+        stages = self.stages(steps_per_epoch)
+        total = self.schedule.total_steps
+        rank_hours = sum(stage.steps * stage.step_ms for stage in stages) / 3.6e6 * self.machine.world_size
+        start = stages[0]
+        saving = _saved_share(stages, lambda stage: stage.relative_cost)
+        spread = self.machine.world_size > 1
+        micro, accumulation = derive_accumulation(self.config, world_size=self.machine.world_size)
+        freeze = self.config.freeze
+        return Plan(
+            recipe=self.config.recipe, model=self.config.model.size, mode=freeze.mode, t_0=freeze.t_0, how=freeze.how,
+            scale_lr=freeze.scale_lr, machine=self.machine, images_per_epoch=images_per_epoch,
+            steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=self.schedule.cosine.warmup_steps,
+            global_batch=self.config.batch.global_size, micro_batch=micro, accumulation=accumulation, stages=stages,
+            timing=self.timing(), gpu_hours=rank_hours,
+            gpu_hours_saved=start.step_ms * total / 3.6e6 * self.machine.world_size - rank_hours,
+            saving=saving, flops_saving=_saved_share(stages, lambda stage: stage.flops_per_image),
+            peak_memory_bytes=max(stage.memory_bytes for stage in stages),
+            communication_saving=_saved_share(stages, lambda s: s.communication_bytes_per_step) if spread else None,
+            bandwidth_gigabytes=self.bandwidth_gigabytes, authors=describe_authors(self.config), notes=self.notes(),
+        )  # fmt: skip
+
+    def stages(self, steps_per_epoch: int) -> tuple[Stage, ...]:
+        changes = [(0, 0), *self.schedule.prefix_changes()]
+        ends = [step for step, _ in changes[1:]] + [self.schedule.total_steps]
+        stages: list[Stage] = []
+        for (first, frozen), end in zip(changes, ends, strict=True):
+            before = stages[-1].frozen_layers if stages else 0
+            stages.append(self.stage(first, end, before=before, frozen=frozen, steps_per_epoch=steps_per_epoch))
+        return tuple(stages)
+
+    def stage(self, first: int, end: int, *, before: int, frozen: int, steps_per_epoch: int) -> Stage:
+        costs, machine = self.costs, self.machine
+        micro, accumulation = derive_accumulation(self.config, world_size=machine.world_size)
+        groups = costs.trained_groups(frozen)
+        trained = sum(groups.values())
+        parts = machine.world_size if machine.zero_stage else 1
+        state = sum(-(-count // parts) for count in groups.values()) * machine.state_bytes_per_parameter
+        reductions = accumulation if machine.zero_stage == 2 else 1
+        gradients = trained * reductions * machine.gradient_bytes_per_parameter
+        sent = self.bytes_sent(gradients, trained)
+        activations = micro * costs.activation_bytes(frozen, precision=machine.precision)
+        kept = trained * machine.gradient_bytes_per_parameter // (parts if machine.zero_stage == 2 else 1)
+        weights = costs.parameters * BYTES_OF_PRECISION[machine.precision]
+        cost, step_ms = self.step_time(frozen)
+        return Stage(
+            first_step=first, end_step=end, epoch=first / steps_per_epoch,
+            share_of_run=first / self.schedule.total_steps, frozen_layers=frozen,
+            layers_frozen_now=tuple(range(before, frozen)), heads_left=costs.heads_left(frozen),
+            trainable_parameters=trained, optimizer_state_bytes=state, gradient_bytes_per_step=gradients,
+            communication_bytes_per_step=sent, activation_bytes=activations,
+            memory_bytes=weights + kept + state + activations, flops_per_image=costs.step_flops(frozen),
+            relative_cost=cost, step_ms=step_ms,
+            communication_ms=None if self.bandwidth_gigabytes is None else sent / self.bandwidth_gigabytes / 1e6,
+        )  # fmt: skip
+
+    def bytes_sent(self, gradients: int, trained: int) -> float:
+        """Bytes that a rank sends in a step: a ring all-reduce of gradients; under ZeRO an all-gather of weights."""
+        world_size = self.machine.world_size
+        gathered = trained * BYTES_OF_PRECISION[self.machine.precision] if self.machine.zero_stage else 0
+        return (2 * gradients + gathered) * (world_size - 1) / world_size
+
+    def step_time(self, frozen: int) -> tuple[float, float]:
+        """Return the cost relative to the start and the milliseconds of an optimizer step."""
+        flops, start = self.costs.step_flops(frozen), self.costs.step_flops(0)
+        images = self.config.batch.global_size / self.machine.world_size
+        if self.times is None:
+            return flops / start, 1e3 * flops * images / (self.teraflops * 1e12)
+        cost = self.times.relative_cost(frozen, costs=self.costs)
+        return cost, cost * self.times.ms_per_image * images
+
+    def timing(self) -> str:
+        if self.times is not None:
+            return f"measured steps of {self.times.source}"
+        origin = ", what the authors' V100 sustained" if self.teraflops == AUTHORS_TERAFLOPS else ""
+        return f"counted operations at {self.teraflops:g} TFLOP/s per GPU{origin}"
+
+    def notes(self) -> tuple[str, ...]:
+        notes = []
+        freeze, costs = self.config.freeze, self.costs
+        if self.schedule.adaptive is not None:
+            every, floor = self.schedule.adaptive.check_every_steps, self.schedule.adaptive.floor_step
+            share = 1 - -(-floor // every) * every / self.schedule.total_steps
+            most = share * (1 - self.step_time(costs.size.depth)[0])
+            notes.append(
+                f"freeze.mode is adaptive: what freezes is measured in the run; at most {most:.1%} can be saved, if all "
+                "layers but the last freeze at the floor"
+            )
+        if freeze.mode == "schedule" and not (freeze.cls_token and freeze.patch_embed):
+            kept = [name for name in ("cls_token", "patch_embed") if not getattr(freeze, name)]
+            notes.append(f"{' and '.join(kept)} train(s) to the end, so the backward pass runs through frozen blocks")
+        if self.times is None:
+            notes.append(
+                f"not counted: HOG targets ({costs.hog_operations / 1e6:.1f} M elementwise operations an image), norms, "
+                "the optimizer, data; measure them with `vitfreeze bench step --json`"
+            )
+        return tuple(notes)
+
+
+def _saved_share(stages: Sequence[Stage], cost: Callable[[Stage], float]) -> float:
+    spent = sum(stage.steps * cost(stage) for stage in stages)
+    return 1 - spent / (sum(stage.steps for stage in stages) * cost(stages[0]))

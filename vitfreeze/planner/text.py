@@ -1,0 +1,192 @@
+"""The plan as text: one table of stages, the whole run below it, two plans side by side. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vitfreeze.planner.measured import Comparison
+from vitfreeze.planner.plan import Plan, Stage
+from vitfreeze.planner.targets import Target
+
+
+def format_bytes(count: float) -> str:
+    """Return a size as people say it: 1.50 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first a heading, in columns aligned to the right, the first to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def format_plan(plan: Plan) -> str:
+    """Return the plan as text: settings, a line per stage, and the whole run."""
+    return "\n\n".join([_format_settings(plan), _format_stages(plan), _format_whole(plan)])
+
+
+def _format_settings(plan: Plan) -> str:
+    machine = plan.machine
+    freezing = {
+        "schedule": f"t_0 {plan.t_0:g}, {plan.how}, {'scaled' if plan.scale_lr else 'unscaled'} rates",
+        "adaptive": "adaptive",
+        "off": "off",
+    }[plan.mode]
+    ranks = f"{machine.world_size} GPU" + ("s" if machine.world_size > 1 else "")
+    return "\n".join(
+        [
+            f"{plan.recipe}: {plan.model}, freezing: {freezing}",
+            f"{plan.total_steps:,} steps ({plan.warmup_steps:,} of warm-up) of {plan.global_batch} images, "
+            f"{plan.steps_per_epoch:,} an epoch; {ranks}, micro-batch {plan.micro_batch} x {plan.accumulation}",
+            f"ZeRO stage {machine.zero_stage}, {machine.precision} ({machine.source}): optimizer state "
+            f"{machine.state_bytes_per_parameter} bytes a parameter, {_explain_state(plan)}",
+        ]
+    )
+
+
+def _explain_state(plan: Plan) -> str:
+    if plan.machine.state_bytes_per_parameter == 8:
+        return "two fp32 moments; the fp32 weights are their own master"
+    divided = f", divided over {plan.machine.world_size} ranks" if plan.machine.zero_stage else ", whole on every rank"
+    return f"an fp32 master weight and two fp32 moments{divided}"
+
+
+def _format_stages(plan: Plan) -> str:
+    heading = ["step", "epoch", "of run", "freezes", "heads left", "trainable", "optimizer", "gradients", "activations"]
+    rows = [heading + ["memory", "step ms", "step cost"] + (["comm. ms"] if plan.bandwidth_gigabytes else [])]
+    for stage in plan.stages:
+        row = [
+            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", _name_layers(stage),
+            " ".join(str(head) for head in stage.heads_left), f"{stage.trainable_parameters / 1e6:.2f} M",
+            format_bytes(stage.optimizer_state_bytes), format_bytes(stage.gradient_bytes_per_step),
+            format_bytes(stage.activation_bytes), format_bytes(stage.memory_bytes),
+            f"{stage.step_ms:,.0f}" if stage.step_ms >= 100 else f"{stage.step_ms:.3g}", f"{stage.relative_cost:.3f}",
+        ]  # fmt: skip
+        if stage.communication_ms is not None:
+            row.append(f"{stage.communication_ms:.1f}")
+        rows.append(row)
+    return format_table(rows)
+
+
+def _name_layers(stage: Stage) -> str:
+    layers = stage.layers_frozen_now
+    if not layers:
+        return "-"
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+
+
+def _format_whole(plan: Plan) -> str:
+    before = plan.gpu_hours + plan.gpu_hours_saved
+    lines = [
+        f"Saving: {plan.saving:.1%} of the step time, {plan.gpu_hours_saved:.1f} of {before:.1f} GPU-hours "
+        f"({plan.timing})",
+    ]
+    if plan.saving != plan.flops_saving:
+        lines.append(f"        {plan.flops_saving:.1%} of the counted operations")
+    last = plan.stages[-1]
+    lines.append(
+        f"Peak memory: {format_bytes(plan.peak_memory_bytes)} a rank, {format_bytes(last.memory_bytes)} in the last "
+        "stage (weights, gradients, optimizer, activations; without temporary buffers)"
+    )
+    lines.append(_format_communication(plan))
+    if plan.authors:
+        lines.append(f"Authors' top-1 (ViT-B, 100 epochs, fine-tuned): {plan.authors}")
+    return "\n".join(lines + [f"Note: {note}" for note in plan.notes])
+
+
+def _format_communication(plan: Plan) -> str:
+    if plan.communication_saving is None:
+        return "Communication: none with one rank"
+    sent = sum(stage.steps * stage.communication_bytes_per_step for stage in plan.stages)
+    line = f"Communication: {format_bytes(sent)} sent by each rank, {plan.communication_saving:.1%} less than unfrozen"
+    if plan.bandwidth_gigabytes is None:
+        return line
+    lowest, highest = scaling_efficiency(plan)
+    return (
+        f"{line}\nScaling efficiency at {plan.bandwidth_gigabytes:g} GB/s (ring all-reduce): {lowest:.1%} if nothing "
+        f"overlaps with computing, {highest:.1%} if everything does"
+    )
+
+
+def scaling_efficiency(plan: Plan) -> tuple[float, float]:
+    """Return the share of the run spent computing if communication overlaps with nothing, and with everything.
+
+    Raises:
+        ValueError: the plan was made without a bandwidth.
+    """
+    if plan.bandwidth_gigabytes is None:
+        raise ValueError("scaling efficiency needs a plan with a bandwidth")
+    compute = sum(stage.steps * stage.step_ms for stage in plan.stages)
+    apart = sum(stage.steps * (stage.step_ms + (stage.communication_ms or 0)) for stage in plan.stages)
+    hidden = sum(stage.steps * max(stage.step_ms, stage.communication_ms or 0) for stage in plan.stages)
+    return compute / apart, compute / hidden
+
+
+def format_plans_side_by_side(plan: Plan, other: Plan) -> str:
+    """Return the main figures of two plans in two columns and the difference."""
+
+    def last(of: Plan) -> Stage:
+        return of.stages[-1]
+
+    rows = [["", plan.recipe, other.recipe]]
+    for name, figure in (
+        ("model", lambda p: p.model),
+        ("freezing", lambda p: p.mode if p.mode != "schedule" else f"t_0 {p.t_0:g} {p.how}"),
+        ("rates", lambda p: "scaled" if p.scale_lr and p.mode == "schedule" else "unscaled"),
+        ("steps", lambda p: f"{p.total_steps:,}"),
+        ("first freeze at step", lambda p: f"{p.stages[1].first_step:,}" if len(p.stages) > 1 else "never"),
+        ("step cost in the last stage", lambda p: f"{last(p).relative_cost:.3f}"),
+        ("saving", lambda p: f"{p.saving:.1%}"),
+        ("GPU-hours", lambda p: f"{p.gpu_hours:.1f}"),
+        ("GPU-hours saved", lambda p: f"{p.gpu_hours_saved:.1f}"),
+        ("peak memory a rank", lambda p: format_bytes(p.peak_memory_bytes)),
+        ("memory in the last stage", lambda p: format_bytes(last(p).memory_bytes)),
+        ("optimizer state at the start", lambda p: format_bytes(p.stages[0].optimizer_state_bytes)),
+        ("optimizer state at the end", lambda p: format_bytes(last(p).optimizer_state_bytes)),
+        ("communication saved", lambda p: "-" if p.communication_saving is None else f"{p.communication_saving:.1%}"),
+        ("authors' top-1", lambda p: p.authors or "-"),
+    ):
+        rows.append([name, figure(plan), figure(other)])
+    return format_table(rows)
+
+
+def format_targets(targets: Sequence[Target], *, target_saving: float) -> str:
+    """Return, for each `how`, the t_0 that reaches the saving, with the authors' accuracy near it."""
+    rows = [["how", "t_0", "saving", "largest possible", "authors' top-1 near it"]]
+    for target in targets:
+        t_0 = "unreachable" if target.t_0 is None else f"{target.t_0:.4f}"
+        saving = "-" if target.saving is None else f"{target.saving:.2%}"
+        rows.append([target.how, t_0, saving, f"{target.reachable:.1%}", target.authors or "-"])
+    return f"To save {target_saving:.1%} of the compute:\n{format_table(rows)}"
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Return the plan and the measured run, stage by stage, and both savings."""
+    rows = [
+        ["frozen layers", "steps", "images/s", "planned cost", "measured", "waits for data", "optimizer", "planned"]
+    ]
+    for stage in comparison.stages:
+        rows.append(
+            [
+                str(stage.frozen_layers),
+                f"{stage.steps:,}",
+                f"{stage.images_per_second:.1f}",
+                f"{stage.predicted_cost:.3f}",
+                f"{stage.measured_cost:.3f}",
+                f"{stage.data_wait_fraction:.0%}",
+                format_bytes(stage.measured_state_bytes),
+                format_bytes(stage.predicted_state_bytes),
+            ]  # fmt: skip
+        )
+    return (
+        f"{format_table(rows)}\nFreezing saved {comparison.measured_saving:.1%} of the step time; "
+        f"the plan said {comparison.predicted_saving:.1%}"
+    )
