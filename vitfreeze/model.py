@@ -220,9 +220,11 @@ class Decoder(nn.Module):
             scale 1/2, where hardly a cell is wholly visible, always (B, T, 1, F), cells in row-major order.
         """
         num_visible = latents_BND.shape[1] - 1
-        pos_LD = self.pos_embed[0, 1:]
+        # DeepSpeed converts parameters, not buffers: positions must not raise half-precision tokens to float32.
+        pos_embed = self.pos_embed.to(self.mask_token.dtype)
+        pos_LD = pos_embed[0, 1:]
         visible_BND = self.embed(latents_BND)
-        pos_BVD = torch.cat([self.pos_embed[:, :1].expand(len(ids_BL), -1, -1), pos_LD[ids_BL[:, :num_visible]]], dim=1)
+        pos_BVD = torch.cat([pos_embed[:, :1].expand(len(ids_BL), -1, -1), pos_LD[ids_BL[:, :num_visible]]], dim=1)
         masked_BMD = self.mask_token + pos_LD[ids_BL[:, num_visible:]]
         tokens_BND = torch.cat([visible_BND + pos_BVD, masked_BMD.to(visible_BND.dtype)], dim=1)
         for block in self.blocks[:-1]:
