@@ -14,11 +14,19 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 
 say() { printf '\n==> %s\n' "$*"; }
 
+# Where torch comes from is the user's to say: V100s need its CUDA 12.6 build, which the default index does not have.
 install_environment() {
-    local stamp wanted
+    local stamp wanted lock
     stamp=$venv/installed
-    wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)
+    wanted=$({ cat "$root/pyproject.toml" "$root/constraints.txt" && echo "${TORCH_INDEX_URL:-}"; } | sha256sum)
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        return
+    fi
+    mkdir -p "$(dirname "$venv")"
+    exec {lock}>"$venv.lock" # nodes that share this folder start together; one installs, the others wait
+    flock "$lock"
+    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        exec {lock}>&-
         return
     fi
     local python=${PYTHON:-python3}
@@ -35,39 +43,59 @@ install_environment() {
         "$python" -m venv "$venv"
     fi
     say "Installing vitfreeze with the versions of constraints.txt (several GB the first time, some minutes)"
+    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+        "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --force-reinstall \
+            --index-url "$TORCH_INDEX_URL" --constraint "$root/constraints.txt" torch torchvision
+    fi
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --constraint "$root/constraints.txt" \
-        --editable "$root[test]"
+        --editable "${root}[test]"
     printf '%s\n' "$wanted" >"$stamp"
+    exec {lock}>&-
 }
 
-# Number of processes to start on this machine: one for each GPU, or two on a machine without.
+# Number of processes to start on this machine: one for each GPU that may be used, or two on a machine without.
 count_ranks() {
     local gpus=0
-    if command -v nvidia-smi >/dev/null; then
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    elif command -v nvidia-smi >/dev/null; then
         gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
     fi
     echo $((gpus > 0 ? gpus : 2))
 }
 
+# What the first and the second Ctrl-C do to the process group of a run; a launcher over ssh has its own.
+ask_to_stop() { kill -USR1 -- "-$1"; }
+kill_at_once() { kill -KILL -- "-$1"; }
+
 # Run a command in a process group of its own and pass Ctrl-C on as SIGUSR1, which the training processes take as
 # "finish the step, save, stop". DeepSpeed's launcher would kill them after 30 seconds; here it does not hear of it.
+# Exit status 75 then says: stopped on request with everything saved; the same command goes on.
 run_and_forward_signals() {
-    local status=0 interrupts=0 child
+    local status=0 child
     trap '' USR1 # inherited by the launcher, which would die of it; the training processes install their own handler
     if [[ ${OMP_NUM_THREADS:-} == "" ]]; then
         export OMP_NUM_THREADS=$(($(nproc) / $(count_ranks) > 0 ? $(nproc) / $(count_ranks) : 1))
     fi
     setsid "$@" &
     child=$!
-    # shellcheck disable=SC2064
-    trap "interrupts=\$((interrupts + 1))
-        if ((interrupts > 1)); then kill -KILL -- -$child; else kill -USR1 -- -$child; fi" INT TERM
+    trap 'trap "kill_at_once $child" INT TERM; ask_to_stop "$child"' INT TERM
     while :; do
         wait "$child" && status=0 || status=$?
         kill -0 "$child" 2>/dev/null || break
     done
     trap - INT TERM
     return "$status"
+}
+
+# Run a vitfreeze command in one process for each GPU of this machine.
+run_on_this_machine() {
+    local number=(--num_accelerators "$(count_ranks)")
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        number=() # DeepSpeed reads the variable itself, and would ignore it beside a number
+    fi
+    run_and_forward_signals deepspeed "${number[@]}" --master_port "$(find_free_port)" --log_level error \
+        --no_local_rank --module vitfreeze "$@"
 }
 
 find_free_port() {
