@@ -1,0 +1,23 @@
+"""Saving a run so that a whole checkpoint exists at every instant, finding it again, importing weights of others."""
+
+from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
+from vitfreeze.checkpoint.loading import load_checkpoint, read_weights
+from vitfreeze.checkpoint.saving import CheckpointWriter, SaveReport, save_checkpoint
+from vitfreeze.checkpoint.start import RunFolder, Start, choose_start
+from vitfreeze.convert import from_localmim
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
+    "RunFolder",
+    "SaveReport",
+    "Start",
+    "choose_start",
+    "find_checkpoint",
+    "from_localmim",
+    "load_checkpoint",
+    "open_checkpoint",
+    "read_weights",
+    "save_checkpoint",
+]

@@ -1,0 +1,259 @@
+"""What a checkpoint looks like on disk, and how the newest whole one is found.
+
+    checkpoints/newest                          name of the newest whole checkpoint, replaced atomically
+    checkpoints/step-00001234/manifest.json     sizes and checksums of the other files, all scalars, its own checksum
+                             /config.yaml       the resolved configuration
+                             /weights.safetensors        the model as it computes
+                             /masters.safetensors        fp32 weights of frozen layers that compute in half precision
+                             /rank-00000.safetensors     a rank's slices of master weights and moments, its RNG state
+    checkpoints/.saving-step-00001234/          one that is being written
+    checkpoints/.deleting-step-00001200/        an old one on its way out
+    checkpoints/.damaged-step-00001230/         one that a resuming run passed over; removed after the next save
+
+A folder takes its final name only when everything in it has reached the disk, so what has a final name is whole unless
+the disk or somebody damages it later: that is what the checksums find. Nothing here is read by unpickling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vitfreeze.config import Config, load_config
+
+logger = logging.getLogger("vitfreeze")
+
+FOLDER_NAME = "checkpoints"
+POINTER = "newest"
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+WEIGHTS = "weights.safetensors"
+MASTERS = "masters.safetensors"
+SAVING_PREFIX, DELETING_PREFIX, DAMAGED_PREFIX = ".saving-", ".deleting-", ".damaged-"
+FORMAT_VERSION = 1
+# A step can be saved twice, when a run was taken back to an earlier checkpoint: the later one has a number behind it.
+_NAME = re.compile(r"step-\d{8,}(\.\d+)?")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose manifest has been read and whose files have been compared with it.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps taken, and so the step to go on with.
+        serial: how many checkpoints of the run had been written, this one included.
+        world_size: ranks that wrote it.
+        frozen_layers: length of the frozen prefix that the optimizer's state belongs to.
+        extra: what the training loop asked to keep.
+        manifest: everything that the manifest says.
+        rejected: newer checkpoints of the folder that were passed over: (path, reason).
+    """
+
+    path: Path
+    step: int
+    serial: int
+    world_size: int
+    frozen_layers: int
+    extra: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def read_config(self) -> Config:
+        """Return the configuration of the run that wrote it; raises ConfigError when it cannot be used."""
+        return load_config(self.path / CONFIG)
+
+
+def checkpoint_name(step: int, *, parent: Path) -> str:
+    """Return a name for a checkpoint of `step` that is not taken in `parent`."""
+    name = plain = f"step-{step:08d}"
+    number = 1
+    while (parent / name).exists():
+        number += 1
+        name = f"{plain}.{number}"
+    return name
+
+
+def find_checkpoint(place: str | Path) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run folder, or the checkpoint that `place` itself is.
+
+    In a run folder, damaged checkpoints are passed over with a warning for the newest whole one before them, and None
+    means that nothing was saved yet. Every byte is read once, so let one rank do it.
+
+    Raises:
+        CheckpointError: `place` is a damaged checkpoint, or a run folder in which every checkpoint is damaged.
+    """
+    place = Path(place)
+    if (place / MANIFEST).is_file() or _NAME.fullmatch(place.name):
+        return open_checkpoint(place)
+    parent = place / FOLDER_NAME
+    rejected: list[tuple[str, str]] = []
+    for path in list_checkpoints(parent):
+        try:
+            found = open_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("checkpoint passed over: %s", error)
+            rejected.append((str(path), str(error)))
+            continue
+        return replace(found, rejected=tuple(rejected))
+    if rejected:
+        raise CheckpointError(f"every checkpoint in {parent} is damaged: {'; '.join(why for _, why in rejected)}")
+    return None
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Return the checkpoint folders in `parent`, the newest first.
+
+    Newest is what was written last, which the manifests say. The one that the pointer names counts as written last
+    among those whose manifest cannot be read.
+    """
+    if not parent.is_dir():
+        return []
+    pointed = read_pointer(parent)
+
+    def age(path: Path) -> tuple[int, bool, str]:
+        try:
+            serial = int(read_manifest(path)["serial"])
+        except CheckpointError:
+            serial = -1
+        return serial, path.name == pointed, path.name
+
+    return sorted((path for path in parent.iterdir() if _NAME.fullmatch(path.name)), key=age, reverse=True)
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged checkpoint out of the row, so that it does not count as one that is kept."""
+    path.rename(path.with_name(f"{DAMAGED_PREFIX}{path.name}"))
+
+
+def read_pointer(parent: Path) -> str | None:
+    """Return the name in the pointer file; None when there is no usable one."""
+    try:
+        name = (parent / POINTER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if _NAME.fullmatch(name) else None
+
+
+def write_pointer(parent: Path, name: str) -> None:
+    """Let the pointer name a checkpoint, atomically."""
+    replace_durably(parent / POINTER, f"{name}\n".encode())
+
+
+def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint's manifest and, to verify it, compare every file with it.
+
+    Raises:
+        CheckpointError: a file is missing or differs from what was written.
+    """
+    manifest = read_manifest(path)
+    if verify:
+        for name, facts in manifest["files"].items():
+            check_file(path / name, size=facts["bytes"], sha256=facts["sha256"])
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        serial=manifest["serial"],
+        world_size=manifest["world_size"],
+        frozen_layers=manifest["scalars"]["frozen_layers"],
+        extra=manifest["extra"],
+        manifest=manifest,
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: there is none, it is not what was written, or it is of another version.
+    """
+    file = path / MANIFEST
+    try:
+        whole = json.loads(file.read_bytes())
+        content, digest = whole["content"], whole["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{file} is no manifest of a checkpoint") from None
+    if digest != _digest(content):
+        raise CheckpointError(f"{file} is damaged: its checksum does not match")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{file} is of format {content.get('format_version')}, and this reads {FORMAT_VERSION}")
+    for name in content["files"]:
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{file} names a file outside of its folder: {name!r}")
+    return content
+
+
+def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest with its own checksum; `content` must be ready for JSON."""
+    whole = {"sha256": _digest(content), "content": content}
+    write_durably(path / MANIFEST, json.dumps(whole).encode())
+
+
+def check_file(path: Path, *, size: int, sha256: str) -> None:
+    """Compare a file with its size and checksum; raises CheckpointError with the difference."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            raise CheckpointError(f"{path} is damaged: {found} bytes, and {size} were written")
+        if hash_file(path) != sha256:
+            raise CheckpointError(f"{path} is damaged: its checksum does not match")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Give a file new content in one atomic step that survives a power cut."""
+    temporary = path.with_name(f".{path.name}.new")
+    write_durably(temporary, data)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has a file's content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,329 @@
+"""Writing checkpoints beside the training: a copy in CPU memory first, then a thread that puts it on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitfreeze import __version__
+from vitfreeze.checkpoint import folder
+from vitfreeze.config import Config, dump_config
+from vitfreeze.engine import STATE_KEYS, FreezingEngine
+
+logger = logging.getLogger("vitfreeze")
+
+RNG_PREFIX, LOCAL_PREFIX = "rng/", "local/"
+# A rank may wait this long for another one that writes to a slow disk.
+PATIENCE = timedelta(hours=1)
+_MESSAGE_BYTES = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """How a save went.
+
+    Attributes:
+        step: optimizer steps taken when it was made.
+        path: the checkpoint; None when it could not be written.
+        seconds: from the copy to the pointer.
+        stall_seconds: how long training stood still for it.
+        bytes: size of all its files.
+        error: why it could not be written, empty when it was.
+    """
+
+    step: int
+    path: Path | None
+    seconds: float
+    stall_seconds: float
+    bytes: int
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """This rank's part of a checkpoint, in CPU memory."""
+
+    step: int
+    files: Mapping[str, Mapping[str, Tensor]]  # by file name, then by tensor name
+    starts: Mapping[str, tuple[int, int]]  # by group: first and last + 1 element that this rank holds
+    content: dict[str, Any]  # the manifest's, as far as it is known before the files are written
+    config_text: str
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run, one at a time. All ranks create one, and call `start` at the same steps.
+
+    Args:
+        run_dir: the run's folder, which all ranks see.
+        keep: number of newest checkpoints that stay.
+        rank, world_size: of this process.
+    """
+
+    def __init__(self, run_dir: str | Path, *, keep: int, rank: int, world_size: int) -> None:
+        self.parent = Path(run_dir) / folder.FOLDER_NAME
+        self.keep = keep
+        self.rank, self.world_size = rank, world_size
+        # The writing threads meet on a group of their own, so that they never mix with the training's collectives.
+        self._group: Any = None
+        if world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._thread: threading.Thread | None = None
+        self._report: SaveReport | None = None
+        self._failure: BaseException | None = None
+        if rank == 0:
+            _clear_remains(self.parent)
+        if self._group is not None:
+            torch.distributed.barrier(self._group)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(
+        self,
+        step: int,
+        *,
+        engine: FreezingEngine,
+        config: Config,
+        extra: Mapping[str, Any],
+        local: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copy the run's state and begin to write it; a save that is under way is waited for.
+
+        Args:
+            step: optimizer steps taken.
+            engine: whose weights and optimizer state are saved.
+            config: of the run.
+            extra: whatever else is needed to go on, ready for JSON, the same on all ranks.
+            local: tensors of this rank alone, which a run on the same number of ranks gets back.
+        """
+        started = time.perf_counter()
+        if self._thread is not None:
+            raise RuntimeError("the report of the last save was not taken: call `poll` or `finish` first")
+        snapshot = _take_snapshot(step, engine=engine, config=config, extra=extra, local=local or {})
+        stalled = time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, started, stalled), name=f"save-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def poll(self) -> SaveReport | None:
+        """Return the report of a save that has ended since the last call, without waiting."""
+        return None if self.is_busy else self.finish()
+
+    def finish(self) -> SaveReport | None:
+        """Wait for the save that is under way, if any, and return its report.
+
+        Raises:
+            Exception: whatever stopped the writing, other than a disk that is full or fails.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        report, failure = self._report, self._failure
+        self._report = self._failure = None
+        if failure is not None:
+            raise failure
+        return report
+
+    def _run(self, snapshot: _Snapshot, started: float, stalled: float) -> None:
+        try:
+            report = self._write(snapshot)
+            self._report = replace(report, seconds=time.perf_counter() - started, stall_seconds=stalled)
+        except BaseException as error:  # handed to the training thread by `finish`
+            self._failure = error
+
+    def _write(self, snapshot: _Snapshot) -> SaveReport:
+        """Write this rank's files; when every rank has, let rank 0 give the folder its name."""
+        parts = self.parent / f"{folder.SAVING_PREFIX}step-{snapshot.step:08d}"
+        outcome = SaveReport(step=snapshot.step, path=None, seconds=0.0, stall_seconds=0.0, bytes=0)
+        try:
+            self._write_files(parts, snapshot)
+            error = ""
+        except (OSError, SafetensorError) as problem:
+            error = f"rank {self.rank}: {problem}"
+        error = self._first_message(error)
+        written = ""
+        if not error and self.rank == 0:
+            try:
+                written = json.dumps(self._complete(parts, snapshot))
+            except OSError as problem:
+                error = f"rank 0: {problem}"
+        error = self._first_message(error)
+        if error:
+            if self.rank == 0:
+                shutil.rmtree(parts, ignore_errors=True)
+            return replace(outcome, error=error)
+        name, size = json.loads(self._first_message(written))
+        if self.rank == 0:
+            self._delete_old()
+        return replace(outcome, path=self.parent / name, bytes=size)
+
+    def _write_files(self, parts: Path, snapshot: _Snapshot) -> None:
+        parts.mkdir(parents=True, exist_ok=True)
+        facts = {}
+        for name, tensors in snapshot.files.items():
+            save_file(dict(tensors), parts / name, metadata={"starts": json.dumps(snapshot.starts)})
+            folder.sync_file(parts / name)
+            facts[name] = {"bytes": (parts / name).stat().st_size, "sha256": folder.hash_file(parts / name)}
+        note = {"files": facts, "starts": snapshot.starts}
+        folder.write_durably(parts / _note_name(self.rank), json.dumps(note).encode())
+
+    def _complete(self, parts: Path, snapshot: _Snapshot) -> tuple[str, int]:
+        """On rank 0: write the manifest over all ranks' files, name the folder; return its name and size."""
+        folder.write_durably(parts / folder.CONFIG, snapshot.config_text.encode())
+        size = (parts / folder.CONFIG).stat().st_size
+        files: dict[str, dict[str, Any]] = {
+            folder.CONFIG: {"bytes": size, "sha256": folder.hash_file(parts / folder.CONFIG)}
+        }
+        slices: dict[str, list[list[Any]]] = {name: [] for name in snapshot.content["groups"]}
+        for rank in range(self.world_size):
+            note = json.loads((parts / _note_name(rank)).read_bytes())
+            files |= note["files"]
+            for group, (start, stop) in note["starts"].items():
+                if start < stop:
+                    slices[group].append([_rank_file(rank), start, stop])
+            (parts / _note_name(rank)).unlink()
+        serials = [folder.read_manifest(path)["serial"] for path in _readable(self.parent)]
+        groups = {name: {**group, "slices": slices[name]} for name, group in snapshot.content["groups"].items()}
+        content = {**snapshot.content, "groups": groups, "files": files, "serial": max(serials, default=0) + 1}
+        folder.write_manifest(parts, content)
+        folder.sync_folder(parts)
+        path = self.parent / folder.checkpoint_name(snapshot.step, parent=self.parent)
+        parts.rename(path)
+        folder.sync_folder(self.parent)
+        folder.write_pointer(self.parent, path.name)
+        return path.name, sum(facts["bytes"] for facts in files.values())
+
+    def _delete_old(self) -> None:
+        """Remove all but the newest checkpoints. One that is half removed never has the name of a whole one."""
+        damaged = self.parent.glob(f"{folder.DAMAGED_PREFIX}*")
+        for path in (*folder.list_checkpoints(self.parent)[self.keep :], *damaged):
+            try:
+                shutil.rmtree(path.rename(self.parent / f"{folder.DELETING_PREFIX}{path.name}"))
+            except OSError as error:
+                logger.warning("an old checkpoint cannot be removed: %s", error)
+
+    def _first_message(self, text: str) -> str:
+        """Return the first text that is not empty, in the order of the ranks; the same on all of them."""
+        if self._group is None:
+            return text
+        mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+        data = text.encode()[:_MESSAGE_BYTES]
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(everyone, mine, group=self._group)
+        texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
+        return next((text for text in texts if text), "")
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    *,
+    step: int,
+    engine: FreezingEngine,
+    config: Config,
+    extra: Mapping[str, Any],
+    keep: int,
+    local: Mapping[str, Tensor] | None = None,
+) -> SaveReport:
+    """Save a checkpoint and wait for it; see `CheckpointWriter` for the arguments. All ranks call it."""
+    writer = CheckpointWriter(run_dir, keep=keep, rank=engine.rank, world_size=engine.world_size)
+    writer.start(step, engine=engine, config=config, extra=extra, local=local)
+    report = writer.finish()
+    assert report is not None
+    return report
+
+
+def _take_snapshot(
+    step: int, *, engine: FreezingEngine, config: Config, extra: Mapping[str, Any], local: Mapping[str, Tensor]
+) -> _Snapshot:
+    """Copy this rank's part of the state to CPU memory, where training cannot change it."""
+    state = engine.state()
+    held = {} if state.replicated and engine.rank else state.groups
+    mine = {f"{name}/{key}": getattr(group, key) for name, group in held.items() for key in STATE_KEYS}
+    mine |= {f"{LOCAL_PREFIX}{name}": tensor for name, tensor in local.items()}
+    mine[f"{RNG_PREFIX}cpu"] = torch.get_rng_state()
+    if engine.device.type == "cuda":
+        mine[f"{RNG_PREFIX}cuda"] = torch.cuda.get_rng_state(engine.device)
+    files = {_rank_file(engine.rank): {name: _copy(tensor) for name, tensor in mine.items()}}
+    if engine.rank == 0:
+        weights = engine.module.state_dict()
+        files[folder.WEIGHTS] = {name: _copy(tensor) for name, tensor in weights.items()}
+        # Weights that compute in fp32 are their own masters. The others are frozen, so they need no copy.
+        files[folder.MASTERS] = {
+            name: tensor for name, tensor in state.frozen_masters.items() if weights[name].dtype != torch.float32
+        }
+    content = {
+        "format_version": folder.FORMAT_VERSION,
+        "step": step,
+        "world_size": engine.world_size,
+        "groups": {
+            name: {
+                "numel": group.numel,
+                "parameters": [[parameter, list(shape)] for parameter, shape in group.parameters],
+            }
+            for name, group in state.groups.items()
+        },
+        "scalars": dict(state.scalars),
+        "extra": dict(extra),
+        "versions": {
+            "vitfreeze": __version__,
+            "torch": torch.__version__,
+            "deepspeed": importlib.metadata.version("deepspeed"),
+            "python": platform.python_version(),
+        },
+        "saved_at": time.time(),
+    }
+    starts = {name: (group.start, group.start + group.master.numel()) for name, group in held.items()}
+    return _Snapshot(step=step, files=files, starts=starts, content=content, config_text=dump_config(config))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _note_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _readable(parent: Path) -> list[Path]:
+    """Return the checkpoints whose manifest can be read."""
+    found = []
+    for path in folder.list_checkpoints(parent):
+        try:
+            folder.read_manifest(path)
+        except folder.CheckpointError:
+            continue
+        found.append(path)
+    return found
+
+
+def _clear_remains(parent: Path) -> None:
+    """Remove what a killed run left half written or half deleted."""
+    if not parent.is_dir():
+        return
+    for path in parent.iterdir():
+        if path.name.startswith((folder.SAVING_PREFIX, folder.DELETING_PREFIX)):
+            shutil.rmtree(path, ignore_errors=True)
