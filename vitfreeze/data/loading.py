@@ -3,6 +3,9 @@
 Batch `m` of optimizer step `s` is a plain function of (seed, s, m): a request says which places of which epoch it
 covers, any worker can serve it, and torch's DataLoader hands the answers out in the order of the requests. So resuming
 is starting at another step, and ranks, workers and accumulation change who makes a batch but not what is in it.
+
+Pixels travel through a ring of shared memory that lives as long as the workers. Handing each batch over in memory of
+its own, as DataLoader does by itself, costs a page fault per 4 KiB in the worker and another in the main process.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from vitfreeze.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, Transform
-from vitfreeze.data.decoding import MAX_IMAGE_PIXELS, decode_image
+from vitfreeze.data.decoding import MAX_IMAGE_PIXELS, DecodedImage, decode_image
 from vitfreeze.data.downloads import DownloadCache, cut_query, default_cache_dir
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.order import EpochOrder, SampleRandom
@@ -107,97 +110,127 @@ class _Request:
     stop: int
 
 
-@dataclass(kw_only=True)
-class _BatchMaker(Dataset):
-    """Answers requests. Every worker process has a copy."""
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What a worker tells of a batch; the pixels and the noise lie in the slot of the ring that it was told to fill."""
 
-    reader: ShardReader
+    request: _Request
+    slot: int
+    keys: list[str]
+    labels: np.ndarray
+    indices: np.ndarray
+    skipped: list[SkippedSample]
+    fallbacks: int
+    work_seconds: float
+
+
+class _Ring:
+    """Memory that workers fill and the main process empties, one slot per batch under way.
+
+    DataLoader sends out the request `ahead` places further on before it hands over an answer, and the next one only
+    when it is asked again; by then the answer has been copied. So ahead + 1 slots, used in turn, never collide.
+    """
+
+    def __init__(self, *, ahead: int, batch: int, img_size: int, num_patches: int, shared: bool) -> None:
+        self.slots = ahead + 1
+        self.images = torch.empty(self.slots, batch, 3, img_size, img_size, dtype=torch.uint8)
+        self.noise = torch.empty(self.slots, batch, num_patches)
+        if shared:
+            self.images.share_memory_()
+            self.noise.share_memory_()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """How batches are made of samples."""
+
     order: EpochOrder | None  # None: in the order of the shards
-    starts: np.ndarray
     transform: Transform
     seed: int
     num_patches: int
     crops_per_image: int
     replace_bad: bool
     max_image_pixels: int
-    _random: SampleRandom | None = field(default=None, init=False)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_random": None}
 
-    def __getitem__(self, request: _Request) -> dict[str, Any]:
-        begin = time.perf_counter()
+class _BatchMaker(Dataset):
+    """Answers requests, each with the slot to fill. Every worker process has a copy."""
+
+    def __init__(self, recipe: _Recipe, *, ring: _Ring, reader: ShardReader, starts: np.ndarray) -> None:
+        self.recipe = recipe
+        self.ring = ring
+        self.reader = reader
+        self.starts = starts
+        self._random = SampleRandom(recipe.seed)
+
+    def __getitem__(self, numbered: tuple[int, _Request]) -> _Answer | ShardError:
         try:
-            parts = self._make(request)
+            return self._answer(*numbered)
         except ShardError as error:
-            return {"error": str(error)}  # one sentence; torch would wrap it into the worker's traceback
-        return parts | {"epoch": request.epoch, "step": request.step, "work_seconds": time.perf_counter() - begin}
+            return error  # torch would wrap its one sentence into the worker's traceback
 
-    def _make(self, request: _Request) -> dict[str, Any]:
-        if self._random is None:
-            self._random = SampleRandom(self.seed)
-        first, last = request.start // self.crops_per_image, request.stop // self.crops_per_image
-        if self.order is None:
-            wanted = np.arange(first, last, dtype=np.int64)
-        else:
-            wanted = self.order.indices(request.epoch, first, last)
-        self._announce(wanted)
-        size, skipped = self.transform.img_size, list[SkippedSample]()
-        images = _empty((request.stop - request.start, 3, size, size), torch.uint8)
-        noise = _empty((len(images), self.num_patches), torch.float32)
-        noise_rows = noise.numpy()
-        keys, labels, indices, fallbacks, row = list[str](), list[int](), list[int](), 0, 0
-        for index in wanted.tolist():
-            found = self._decode(index, skipped)
+    def _answer(self, number: int, request: _Request) -> _Answer:
+        begin = time.perf_counter()
+        slot = number % self.ring.slots
+        images, noise = self.ring.images[slot], self.ring.noise[slot].numpy()
+        wanted = self._wanted(request)
+        skipped, keys, used, row, fallbacks = list[SkippedSample](), list[str](), list[tuple[int, int]](), 0, 0
+        for index, shard, place in wanted:
+            found = self._decode(index, shard, place, skipped)
             if found is None:
                 continue
-            sample, used_index, pixels, fell_back = found
-            fallbacks += fell_back
-            for crop in range(self.crops_per_image):
+            sample, used_index, image = found
+            fallbacks += image.fell_back
+            for crop in range(self.recipe.crops_per_image):
                 self._random.seek(epoch=request.epoch, sample=index, crop=crop)
-                self.transform.apply(pixels, self._random, images[row])
-                self._random.fill(noise_rows[row])
+                self.recipe.transform.apply(image.pixels, self._random, images[row])
+                self._random.fill(noise[row])
                 row += 1
-            keys += [sample.key] * self.crops_per_image
-            labels += [sample.label] * self.crops_per_image
-            indices += [used_index] * self.crops_per_image
-        return {
-            "images": images[:row],
-            "labels": torch.tensor(labels, dtype=torch.int64),
-            "noise": noise[:row],
-            "keys": keys,
-            "indices": torch.tensor(indices, dtype=torch.int64),
-            "skipped": skipped,
-            "fallbacks": fallbacks,
-        }
+            keys += [sample.key] * self.recipe.crops_per_image
+            used += [(sample.label, used_index)] * self.recipe.crops_per_image
+        labels, indices = np.array(used, dtype=np.int64).reshape(-1, 2).T
+        return _Answer(
+            request=request,
+            slot=slot,
+            keys=keys,
+            labels=labels,
+            indices=indices,
+            skipped=skipped,
+            fallbacks=fallbacks,
+            work_seconds=time.perf_counter() - begin,
+        )
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return shard, index - int(self.starts[shard])
-
-    def _announce(self, indices: np.ndarray) -> None:
-        """Let the system fetch what this batch will read while its first images are being decoded."""
-        for index in indices.tolist():
-            shard, place = self._locate(index)
+    def _wanted(self, request: _Request) -> list[tuple[int, int, int]]:
+        """Return (index, shard, place in the shard) of the request's samples, and let the system begin to read them."""
+        first, last = request.start // self.recipe.crops_per_image, request.stop // self.recipe.crops_per_image
+        if self.recipe.order is None:
+            indices = np.arange(first, last, dtype=np.int64)
+        else:
+            indices = self.recipe.order.indices(request.epoch, first, last)
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        wanted = list(zip(indices.tolist(), shards.tolist(), (indices - self.starts[shards]).tolist(), strict=True))
+        for _, shard, place in wanted:
             try:
                 self.reader.expect(shard, self.reader.sample(shard, place))
             except BadSampleError:
                 continue  # met again, and counted, when its turn comes
+        return wanted
 
-    def _decode(self, index: int, skipped: list[SkippedSample]) -> tuple[Sample, int, np.ndarray, bool] | None:
+    def _decode(
+        self, index: int, shard: int, place: int, skipped: list[SkippedSample]
+    ) -> tuple[Sample, int, DecodedImage] | None:
         """Decode a sample, or the next good one of its shard in its stead; None where nothing shall replace it.
 
         Raises:
             ShardError: no sample of the shard is usable.
         """
-        shard, place = self._locate(index)
         length = self.reader.length(shard)
-        for offset in range(length if self.replace_bad else 1):
+        for offset in range(length if self.recipe.replace_bad else 1):
             there = (place + offset) % length
             try:
                 sample = self.reader.sample(shard, there)
-                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.max_image_pixels)
-                return sample, index - place + there, image.pixels, image.fell_back
+                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.recipe.max_image_pixels)
+                return sample, index - place + there, image
             except BadSampleError as error:
                 skipped.append(
                     SkippedSample(
@@ -207,18 +240,10 @@ class _BatchMaker(Dataset):
                         reason=str(error),
                     )
                 )
-        if not self.replace_bad:
+        if not self.recipe.replace_bad:
             return None
         name = cut_query(self.reader.shards.names[shard])
         raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {skipped[-1].reason})")
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor; in a worker, in memory that the main process can map without a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 class _Tally:
@@ -332,32 +357,58 @@ class _Loader:
             raise ValueError("the need for workers is measured from batches, and none was made yet")
         return workers_needed(self._work_seconds / self._work_images, seconds_per_image=seconds_per_image)
 
-    def _serve(self, maker: _BatchMaker, requests: Iterable[_Request], pin_memory: bool) -> Iterator[Batch]:
+    def _serve(self, recipe: _Recipe, requests: Iterable[_Request], *, largest: int) -> Iterator[Batch]:
+        """Yield the answers to requests of at most `largest` crops."""
+        ring = _Ring(
+            ahead=self.workers * self.prefetch,
+            batch=largest,
+            img_size=recipe.transform.img_size,
+            num_patches=recipe.num_patches,
+            shared=self.workers > 0,
+        )
         loader: DataLoader = DataLoader(
-            maker,
-            sampler=requests,
+            _BatchMaker(recipe, ring=ring, reader=self.reader, starts=self.starts),
+            sampler=enumerate(requests),
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_return_as_is,
-            pin_memory=pin_memory,
             worker_init_fn=_start_worker,
         )
-        batches = iter(loader)
+        answers = iter(loader)
         try:
             while True:
                 begin = time.perf_counter()
-                parts = next(batches, None)
-                if parts is None:
+                answer = next(answers, None)
+                if answer is None:
                     return
-                if "error" in parts:
-                    raise ShardError(parts["error"])
-                self._work_seconds += parts["work_seconds"]
-                self._work_images += len(parts["images"])
-                yield Batch(**parts, wait_seconds=time.perf_counter() - begin)
+                if isinstance(answer, ShardError):
+                    raise answer
+                self._work_seconds += answer.work_seconds
+                self._work_images += len(answer.keys)
+                yield self._unload(ring, answer, begin)
         finally:
-            del batches  # its end stops the workers, also on Ctrl-C and when the caller stops early
-            maker.reader.close()
+            del answers  # its end stops the workers, also on Ctrl-C and when the caller stops early
+            self.reader.close()
+
+    def _unload(self, ring: _Ring, answer: _Answer, begin: float) -> Batch:
+        """Copy an answer out of the ring, so that the batch may be kept as long as anyone likes."""
+        count = len(answer.keys)
+        images = torch.empty((count, *ring.images.shape[2:]), dtype=torch.uint8, pin_memory=self.pin_memory)
+        noise = torch.empty((count, ring.noise.shape[2]), pin_memory=self.pin_memory)
+        return Batch(
+            images=images.copy_(ring.images[answer.slot, :count]),
+            labels=torch.from_numpy(answer.labels),
+            noise=noise.copy_(ring.noise[answer.slot, :count]),
+            keys=answer.keys,
+            indices=torch.from_numpy(answer.indices),
+            epoch=answer.request.epoch,
+            step=answer.request.step,
+            wait_seconds=time.perf_counter() - begin,
+            work_seconds=answer.work_seconds,
+            skipped=answer.skipped,
+            fallbacks=answer.fallbacks,
+        )
 
 
 class TrainLoader(_Loader):
@@ -453,10 +504,8 @@ class TrainLoader(_Loader):
                 f"the shards hold {self.num_samples} samples, {self.num_samples * crops_per_image} crops with "
                 f"crops_per_image={crops_per_image}: fewer than one global batch of {global_batch}"
             )
-        self._maker = _BatchMaker(
-            reader=self.reader,
+        self._recipe = _Recipe(
             order=order,
-            starts=self.starts,
             transform=transform or RandomCrop(img_size=img_size, scale=crop_scale),
             seed=seed,
             num_patches=num_patches,
@@ -509,7 +558,7 @@ class TrainLoader(_Loader):
         size = micro_batch or self.micro_batch
         requests = self._requests(start_step, total_steps, size, self.accumulation(size))
         tally: _Tally | None = None
-        for batch in self._serve(self._maker, requests, self.pin_memory):
+        for batch in self._serve(self._recipe, requests, largest=size):
             if tally is None or batch.epoch != tally.epoch:
                 if tally is not None:
                     self._reports.append(tally.report())
@@ -583,10 +632,8 @@ class EvalLoader(_Loader):
             open_shards=8,
         )
         self.batch_size = batch_size
-        self._maker = _BatchMaker(
-            reader=self.reader,
+        self._recipe = _Recipe(
             order=None,
-            starts=self.starts,
             transform=CenterCrop(img_size=img_size, crop_pct=crop_pct),
             seed=0,
             num_patches=0,
@@ -612,7 +659,7 @@ class EvalLoader(_Loader):
             _Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
         )
-        for batch in self._serve(self._maker, requests, self.pin_memory):
+        for batch in self._serve(self._recipe, requests, largest=self.batch_size):
             tally.add(batch.skipped, images=len(batch.images), fallbacks=batch.fallbacks)
             if len(batch.images):
                 yield batch

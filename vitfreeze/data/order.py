@@ -97,9 +97,13 @@ class SampleRandom:
     """
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self._philox = np.random.Philox(key=seed)
         self._generator = np.random.Generator(self._philox)
         self._state = self._philox.state
+
+    def __reduce__(self) -> tuple:
+        return SampleRandom, (self.seed,)
 
     def seek(self, *, epoch: int, sample: int, crop: int) -> None:
         """Go to the beginning of a crop's stream."""
