@@ -6,7 +6,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.errors import InputError, OutputError
@@ -135,20 +135,21 @@ def run_imagenet(options: argparse.Namespace) -> int:
     """Pack ImageNet."""
     from data_prep.imagenet import read_imagenet, read_kaggle
 
-    if options.kaggle is not None:
-        given = [name for name in ("train", "val", "devkit") if getattr(options, name) is not None]
-        if given:
-            raise InputError(f"--kaggle names the whole layout: leave out --{given[0]}.")
-        images = read_kaggle(options.kaggle, limit_classes=options.limit_classes)
-    else:
-        images = read_imagenet(
+    def read() -> ImageSet:
+        if options.kaggle is not None:
+            return read_kaggle(options.kaggle, limit_classes=options.limit_classes)
+        return read_imagenet(
             train=options.train,
             val=options.val,
             devkit=options.devkit,
             limit_classes=options.limit_classes,
             workers=options.workers,
         )
-    return _pack(images, options)
+
+    given = [name for name in ("train", "val", "devkit") if getattr(options, name) is not None]
+    if options.kaggle is not None and given:
+        raise InputError(f"--kaggle names the whole layout: leave out --{given[0]}.")
+    return _pack(read, options)
 
 
 def run_folder(options: argparse.Namespace) -> int:
@@ -157,15 +158,14 @@ def run_folder(options: argparse.Namespace) -> int:
 
     if options.name is None:
         options.name = re.sub(r"[^A-Za-z0-9_]", "_", options.folder.resolve().name) or "images"
-    return _pack(read_folder(options.folder, limit_classes=options.limit_classes), options)
+    return _pack(lambda: read_folder(options.folder, limit_classes=options.limit_classes), options)
 
 
 def run_demo(options: argparse.Namespace) -> int:
     """Draw and pack the demo set."""
     from data_prep.drawing import draw_image_set
 
-    images = draw_image_set(options.samples, seed=options.seed, image_size=options.size)
-    return _pack(images, options)
+    return _pack(lambda: draw_image_set(options.samples, seed=options.seed, image_size=options.size), options)
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -197,7 +197,8 @@ def run_describe(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pack(images: ImageSet, options: argparse.Namespace) -> int:
+def _pack(read: Callable[[], ImageSet], options: argparse.Namespace) -> int:
+    """Check the settings before the images are listed, which may take minutes."""
     from data_prep.packing import PackSettings, pack
 
     settings = PackSettings(
@@ -207,6 +208,7 @@ def _pack(images: ImageSet, options: argparse.Namespace) -> int:
         resize_shorter=getattr(options, "resize_shorter", None),
         quality=getattr(options, "quality", None),
     )
+    images = read()
     for note in images.notes:
         sys.stdout.write(f"{note}\n")
     sys.stdout.flush()

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.errors import InputError, OutputError
 from data_prep.images import EXTENSIONS
-from data_prep.manifest import MANIFEST, read_manifest
+from data_prep.manifest import require_manifest
 from data_prep.progress import show_progress
 from data_prep.verification import read_samples, read_text
 from data_prep.workers import run_tasks
@@ -72,9 +72,7 @@ def describe(folder: Path, *, workers: int) -> Description:
     Raises:
         InputError: no manifest, or a shard that cannot be read.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise InputError(f"{folder} holds no {MANIFEST}: it is no finished folder of shards.")
+    manifest = require_manifest(folder)
     splits: dict[str, SplitStatistics] = {}
     tasks = [ShardToDescribe(folder / entry.name, entry.split) for entry in manifest.shards]
     with show_progress("reading", total=sum(entry.num_samples for entry in manifest.shards)) as progress:

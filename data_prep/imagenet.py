@@ -11,6 +11,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -76,8 +77,8 @@ def _read_kit_files(path: Path) -> tuple[bytes, str]:
                     file = archive.extractfile(info) if suffix and info.size <= MAX_KIT_FILE_BYTES else None
                     if suffix and file is not None:
                         found[suffix] = file.read()
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz ({error}).") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz: it is no whole tar archive.") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
     missing = [suffix for suffix in suffixes if suffix not in found]

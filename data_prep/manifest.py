@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from data_prep.errors import InputError, OutputError
-from data_prep.shards import ShardEntry, sync_folder
+from data_prep.shards import PARTIAL_SUFFIX, ShardEntry, sync_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -25,7 +25,6 @@ JOURNAL = "packing.jsonl"
 INFO = "_info.json"
 SIZES = "sizes.json"
 SKIPPED = "skipped.jsonl"
-PARTIAL_SUFFIX = ".partial"
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +63,22 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
 
+def require_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished folder.
+
+    Raises:
+        InputError: there is none, with the reason, or it cannot be understood.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}.")
+    if (folder / JOURNAL).exists():
+        raise InputError(f"packing into {folder} is not finished: give the packing command again.")
+    raise InputError(f"{folder} holds no {MANIFEST}: it was not made by this program.")
+
+
 def _entry_from_json(content: Mapping[str, Any]) -> ShardEntry:
     known = {field.name for field in fields(ShardEntry)} - {"kept"}
     return ShardEntry(**{name: content[name] for name in known})
@@ -77,17 +92,22 @@ class Journal:
 
         Raises:
             InputError: the folder holds the work of another command, or another process is packing into it.
+            OutputError: the folder cannot be written.
         """
         self.folder = folder
         manifest = read_manifest(folder)
-        if manifest is None and not (folder / JOURNAL).exists():
+        if manifest is not None:
+            _refuse_other_settings(folder, manifest.settings, settings)
+        elif not (folder / JOURNAL).exists():
             _refuse_foreign_files(folder)
-        self._file = open(folder / JOURNAL, "a+b")  # noqa: SIM115  # closed by __exit__
+        try:
+            self._file = open(folder / JOURNAL, "a+b")  # noqa: SIM115  # closed by __exit__
+        except OSError as error:
+            raise OutputError(f"cannot write into {folder}: {error.strerror}.") from error
         try:
             self._lock()
             self.finished = self._take_over(settings, manifest)
-            for stale in folder.glob(f".*{PARTIAL_SUFFIX}"):
-                stale.unlink()
+            self._remove_partial_files()
         except BaseException:
             self._file.close()
             raise
@@ -98,6 +118,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove_partial_files()  # of workers that were ended
         self._file.close()
 
     def add(self, entry: ShardEntry) -> None:
@@ -107,6 +128,10 @@ class Journal:
     def remove(self) -> None:
         """Packing is complete and the manifest says so."""
         (self.folder / JOURNAL).unlink()
+
+    def _remove_partial_files(self) -> None:
+        for stale in self.folder.glob(f".*{PARTIAL_SUFFIX}"):
+            stale.unlink(missing_ok=True)
 
     def _lock(self) -> None:
         try:
@@ -118,11 +143,11 @@ class Journal:
 
     def _take_over(self, settings: Mapping[str, Any], manifest: Manifest | None) -> dict[str, ShardEntry]:
         known = manifest or self._read_back()
-        if known is not None:
-            _refuse_other_settings(self.folder, known.settings, settings)
         if known is None or known is manifest:
             self._file.truncate(0)
             self._append({"format": FORMAT, "settings": settings})
+        else:
+            _refuse_other_settings(self.folder, known.settings, settings)
         return {entry.name: entry for entry in known.shards} if known is not None else {}
 
     def _read_back(self) -> Manifest | None:

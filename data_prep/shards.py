@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.errors import InputError
 
 READ_BYTES = 2**20
+PARTIAL_SUFFIX = ".partial"  # of files that are not whole yet
 NUMBER_WIDTHS = {"train": 4, "validation": 2}  # as in timm/imagenet-1k-wds
 
 

@@ -14,7 +14,7 @@ from data_prep.archives import Member, list_members
 from data_prep.catalogue import ByteRange
 from data_prep.errors import InputError, UndecodableError
 from data_prep.images import EXTENSIONS, check_file_size, prepare_image
-from data_prep.manifest import INFO, JOURNAL, MANIFEST, SIZES, Manifest, describe_shards, read_manifest
+from data_prep.manifest import INFO, MANIFEST, SIZES, Manifest, describe_shards, require_manifest
 from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry, file_sha256
 from data_prep.workers import run_tasks
@@ -64,14 +64,7 @@ def verify(folder: Path, *, workers: int) -> Verdict:
     Raises:
         InputError: there is no manifest to check against.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        unfinished = (folder / JOURNAL).exists()
-        raise InputError(
-            f"packing into {folder} is not finished: give the packing command again."
-            if unfinished
-            else f"{folder} holds no {MANIFEST}, so there is nothing to check it against."
-        )
+    manifest = require_manifest(folder)
     problems: dict[str, list[str]] = {}
     if folder_problems := _check_folder(folder, manifest):
         problems[str(folder)] = folder_problems

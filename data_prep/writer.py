@@ -15,9 +15,7 @@ from webdataset.writer import TarWriter
 from data_prep.catalogue import ByteRange, Record
 from data_prep.errors import OutputError, UndecodableError
 from data_prep.images import StoredImage, check_file_size, prepare_image
-from data_prep.shards import ShardEntry, file_sha256, sync_folder
-
-PARTIAL_SUFFIX = ".partial"
+from data_prep.shards import PARTIAL_SUFFIX, ShardEntry, file_sha256, sync_folder
 
 
 @dataclass(frozen=True)
