@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from vitfreeze.checkpoint import RunFolder, choose_start, load_checkpoint, save_checkpoint
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import Batch, TrainLoader, normalize
@@ -47,25 +47,25 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
     """
     processes = join_processes()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
-    torch.manual_seed(config.run.seed)
     loader = build_loader(config, processes)
-    events = read_json_lines(directory / "events.jsonl")
-    schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=events)
-    checkpoint = find_checkpoint(directory)
-    start_step = checkpoint.step if checkpoint else 0
-    engine = build_engine(config, processes, frozen_layers=schedule.frozen_layers(start_step))
-    if checkpoint:
-        load_checkpoint(checkpoint, engine)
-    reporter = Reporter(directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps)
-    run = Run(
-        config=config, directory=directory, loader=loader, schedule=schedule, engine=engine, reporter=reporter
-    )  # fmt: skip
-    train(run, start_step=start_step)
-    reporter.close()
-    if processes.rank == 0:
-        close_run(
-            config, directory, model=engine.module, fresh_model=build_model(config), masters=engine.frozen_masters()
+    with RunFolder(directory, processes=processes):
+        start = choose_start(config, directory, fresh=fresh, processes=processes)
+        logger.info(start.reason)
+        start_step = start.checkpoint.step if start.checkpoint else 0
+        events = read_json_lines(directory / "events.jsonl")
+        schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=events)
+        engine = build_engine(config, processes, frozen_layers=schedule.frozen_layers(start_step))
+        if start.checkpoint:
+            load_checkpoint(start.checkpoint, engine)
+        reporter = Reporter(directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps)
+        train(
+            Run(config=config, directory=directory, loader=loader, schedule=schedule, engine=engine, reporter=reporter),
+            start_step=start_step,
         )
+        reporter.close()
+        if processes.rank == 0:
+            masters, fresh_model = engine.frozen_masters(), build_model(config)
+            close_run(config, directory, model=engine.module, fresh_model=fresh_model, masters=masters)
     return 0
 
 
@@ -200,13 +200,10 @@ def build_engine(config: Config, processes: Processes, *, frozen_layers: int) ->
         ds_config=find_ds_config(config, processes.device),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        depth=config.model.resolve().depth,
         frozen_layers=frozen_layers,
-        betas=(config.optim.betas[0], config.optim.betas[1]),
+        betas=config.optim.betas,
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
-        freeze_cls_token=config.freeze.cls_token,
-        freeze_patch_embed=config.freeze.patch_embed,
         min_steps_between_drops=config.freeze.min_steps_between_drops,
         prefix_precision=config.freeze.prefix_precision,
     )
