@@ -2,7 +2,7 @@
 
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from vitfreeze.checkpoint.loading import load_checkpoint, read_weights
-from vitfreeze.checkpoint.saving import CheckpointWriter, SaveReport, save_checkpoint
+from vitfreeze.checkpoint.saving import CheckpointWriter, SaveReport, SaveSchedule, save_checkpoint
 from vitfreeze.checkpoint.start import RunFolder, Start, choose_start
 from vitfreeze.convert import from_localmim
 
@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointWriter",
     "RunFolder",
     "SaveReport",
+    "SaveSchedule",
     "Start",
     "choose_start",
     "find_checkpoint",

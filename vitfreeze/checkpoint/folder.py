@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,7 +136,9 @@ def list_checkpoints(parent: Path) -> list[Path]:
 
 def set_aside(path: Path) -> None:
     """Take a damaged checkpoint out of the row, so that it does not count as one that is kept."""
-    path.rename(path.with_name(f"{DAMAGED_PREFIX}{path.name}"))
+    aside = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def read_pointer(parent: Path) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vitfreeze import __version__
 from vitfreeze.checkpoint import folder
-from vitfreeze.config import Config, dump_config
+from vitfreeze.config import Config, Duration, dump_config
 from vitfreeze.engine import STATE_KEYS, FreezingEngine
 
 logger = logging.getLogger("vitfreeze")
@@ -63,6 +63,48 @@ class _Snapshot:
     starts: Mapping[str, tuple[int, int]]  # by group: first and last + 1 element that this rank holds
     content: dict[str, Any]  # the manifest's, as far as it is known before the files are written
     config_text: str
+
+
+class SaveSchedule:
+    """Says when a run is to be saved. Rank 0's answer counts, because clocks differ.
+
+    Args:
+        every: steps, epochs, minutes or a share of the run.
+        start_step: the step that the run begins with; it needs no saving.
+        steps_per_epoch, total_steps: of the run.
+        retry_seconds: pause before the next try when a checkpoint could not be written.
+    """
+
+    def __init__(
+        self, every: Duration, *, start_step: int, steps_per_epoch: int, total_steps: int, retry_seconds: float = 60.0
+    ) -> None:
+        self.last_started = self.last_saved = start_step
+        self._steps: int | None = None
+        self._seconds = every.value * 60
+        if every.unit != "minutes":
+            self._steps = max(1, every.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps))
+        self._retry_seconds = retry_seconds
+        self._started_at = time.monotonic()
+        self._retry_at: float | None = None
+
+    def is_due(self, done: int) -> bool:
+        """Tell whether to save when `done` steps have been taken; stays true until a save has started."""
+        if self._retry_at is not None and time.monotonic() >= self._retry_at:
+            return True
+        if self._steps is None:
+            return time.monotonic() - self._started_at >= self._seconds
+        return done // self._steps > self.last_started // self._steps
+
+    def note_start(self, done: int) -> None:
+        """Note that a save has started."""
+        self.last_started, self._started_at, self._retry_at = done, time.monotonic(), None
+
+    def note_end(self, report: SaveReport) -> None:
+        """Note how it ended; one that failed is tried again."""
+        if report.error:
+            self._retry_at = time.monotonic() + self._retry_seconds
+        else:
+            self.last_saved = report.step
 
 
 class CheckpointWriter:

@@ -1,0 +1,17 @@
+"""What a run does about requests to stop, hangs, losses that are not finite, and saving in time."""
+
+from vitfreeze.survival.keeper import EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED, Keeper
+from vitfreeze.survival.losses import LossGuard, RunFailedError
+from vitfreeze.survival.signals import StopSignals
+from vitfreeze.survival.watchdog import Watchdog
+
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_HUNG",
+    "EXIT_STOPPED",
+    "Keeper",
+    "LossGuard",
+    "RunFailedError",
+    "StopSignals",
+    "Watchdog",
+]

@@ -1,0 +1,112 @@
+"""Finding losses that are not finite without making the device wait, and telling whose they were."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class RunFailedError(RuntimeError):
+    """The run cannot go on; the message says at which step, why, and where the details are."""
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """What one rank saw in one optimizer step."""
+
+    number: int
+    keys: list[Sequence[str]] = field(default_factory=list)
+    losses: list[Mapping[str, Tensor]] = field(default_factory=list)
+    totals: Tensor | None = None  # on the CPU, when `ready` has happened
+    ready: torch.cuda.Event | None = None
+    was_skipped: bool = False
+
+    def close(self, *, was_skipped: bool) -> None:
+        """Send the losses on their way to the CPU; nothing waits for their arrival yet."""
+        self.was_skipped = was_skipped
+        device_totals = torch.stack([losses["loss"] for losses in self.losses])
+        self.totals = device_totals.to("cpu", non_blocking=True)
+        if device_totals.device.type == "cuda":
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def is_finite(self) -> bool:
+        """Wait for this step's losses, not for those of later steps, and judge them."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        assert self.totals is not None
+        return bool(torch.isfinite(self.totals).all())
+
+
+class LossGuard:
+    """Judges each step's losses one step later, when the device has them anyway.
+
+    A step that the engine skipped, because half precision overflowed, changed no weight: it is counted, and only too
+    many of them in a row end the run. A loss that is not finite in a step that was taken has spoiled the weights.
+
+    Args:
+        directory: the run folder; details go to its folder `failures`.
+        rank: of this process.
+        max_skipped_steps: in a row, after which the run ends.
+    """
+
+    def __init__(self, directory: Path, *, rank: int, max_skipped_steps: int) -> None:
+        self.directory, self.rank, self.max_skipped_steps = directory, rank, max_skipped_steps
+        self.skipped_in_a_row = 0
+        self._open: _Step | None = None
+        self._closed: list[_Step] = []
+
+    def add(self, step: int, *, keys: Sequence[str], losses: Mapping[str, Tensor]) -> None:
+        """Note one micro-batch of a step: its samples, its total `loss` and the parts of it, as scalars."""
+        if self._open is None:
+            self._open = _Step(number=step)
+        self._open.keys.append(keys)
+        self._open.losses.append({name: loss.detach() for name, loss in losses.items()})
+
+    def close_step(self, *, was_skipped: bool) -> None:
+        """Note that the step is over, and whether the engine skipped its update."""
+        assert self._open is not None
+        self._open.close(was_skipped=was_skipped)
+        self._closed.append(self._open)
+        self._open = None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+
+    @property
+    def has_skipped_too_often(self) -> bool:
+        """Whether more steps in a row were skipped than are allowed; the same on all ranks."""
+        return self.skipped_in_a_row > self.max_skipped_steps
+
+    def find_failure(self, *, include_last: bool) -> int | None:
+        """Return the first step whose losses spoiled this rank's weights; None while all is well.
+
+        The last step is judged only on demand, because that waits for the device.
+        """
+        until = len(self._closed) if include_last else max(len(self._closed) - 1, 0)
+        for step in self._closed[:until]:
+            if not step.was_skipped and not step.is_finite():
+                return step.number
+        del self._closed[: until if not include_last else max(until - 1, 0)]
+        return None
+
+    def describe(self, step_number: int | None = None) -> Path:
+        """Write what this rank saw in a step, by default the last one, to the run folder, and return the file."""
+        step = next((step for step in self._closed if step.number == step_number), self._closed[-1])
+        micro_batches = [
+            {"keys": list(keys), "losses": {name: repr(float(loss)) for name, loss in losses.items()}}
+            for keys, losses in zip(step.keys, step.losses, strict=True)
+        ]
+        path = self.directory / "failures" / f"step-{step.number:08d}-rank-{self.rank:05d}.json"
+        path.parent.mkdir(exist_ok=True)
+        facts = {
+            "step": step.number,
+            "rank": self.rank,
+            "was_skipped": step.was_skipped,
+            "micro_batches": micro_batches,
+        }
+        path.write_text(json.dumps(facts, indent=1))
+        return path
