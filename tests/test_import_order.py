@@ -12,7 +12,20 @@ import vitfreeze
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
     *("architecture", "config", "schedule", "hog", "model", "data", "planner", "engine", "convert", "checkpoint"),
-    *("report", "plots", "evaluate", "closing", "train", "finetune", "doctor", "bench", "cli", "__main__"),
+    *(
+        "pretrained",
+        "report",
+        "plots",
+        "evaluate",
+        "export",
+        "closing",
+        "train",
+        "finetune",
+        "doctor",
+        "bench",
+        "cli",
+        "__main__",
+    ),
 ]
 TORCH_FREE = {"architecture", "config", "schedule", "planner"}
 

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vitfreeze.config import Config
 from vitfreeze.data import EvalLoader
 from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
-from vitfreeze.export import export_safetensors
+from vitfreeze.export import export_run
 from vitfreeze.model import LocalMIM
 from vitfreeze.plots import plot_run
 from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
@@ -22,16 +20,13 @@ from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
 logger = logging.getLogger("vitfreeze")
 
 
-def close_run(
-    config: Config, directory: Path, *, model: LocalMIM, fresh_model: LocalMIM, masters: Mapping[str, Tensor]
-) -> None:
+def close_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: LocalMIM) -> None:
     """Export the encoder, compare it with a random one by k-NN if there is validation data, plot, and print it all.
 
     Args:
         fresh_model: the same model with its initial weights, to compare with.
-        masters: float32 weights of frozen parameters, by name, where the model holds fewer bits.
     """
-    encoder = export_safetensors(model, directory / "encoder.safetensors", masters=masters)
+    encoder = export_run(directory, to="safetensors", out=directory / "encoder.safetensors")
     lines = [f"encoder   {encoder} (timm.create_model loads it with strict=True)"]
     if config.data.val:
         lines += compare_by_knn(config, model=model, fresh_model=fresh_model)

@@ -64,8 +64,7 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
         )
         reporter.close()
         if processes.rank == 0:
-            masters, fresh_model = engine.frozen_masters(), build_model(config)
-            close_run(config, directory, model=engine.module, fresh_model=fresh_model, masters=masters)
+            close_run(config, directory, model=engine.module, fresh_model=build_model(config))
     return 0
 
 
@@ -90,7 +89,12 @@ def train(run: Run, *, start_step: int) -> None:
             log_metrics(run, step, meter)
         if done % save_every == 0 or last:
             save_checkpoint(
-                run.directory, step=done, engine=engine, config=config, extra={}, keep=config.checkpoint.keep
+                run.directory,
+                step=done,
+                engine=engine,
+                config=config,
+                keep=config.checkpoint.keep,
+                extra={"total_steps": schedule.total_steps},
             )
             meter.restart()
 
