@@ -87,10 +87,13 @@ class Comparison:
     stages: tuple[StageComparison, ...]
     predicted_saving: float
     measured_saving: float
+    freezing_seconds: float  # spent on dropping layers, which no step contains
 
 
-def compare_with_measurement(plan: Plan, metrics: Sequence[Mapping[str, Any]]) -> Comparison:
-    """Hold the plan of a run against the lines of its metrics.jsonl, stage by stage.
+def compare_with_measurement(
+    plan: Plan, metrics: Sequence[Mapping[str, Any]], *, events: Sequence[Mapping[str, Any]] = ()
+) -> Comparison:
+    """Hold the plan of a run against the lines of its metrics.jsonl and events.jsonl, stage by stage.
 
     A line counts for the steps since the line before it. The speed of a stage is the median over its lines, without
     its first when there are more, because that one holds the warm-up of caches, allocators and compilers.
@@ -120,6 +123,7 @@ def compare_with_measurement(plan: Plan, metrics: Sequence[Mapping[str, Any]]) -
         stages=stages,
         predicted_saving=1 - sum(stage.steps * stage.predicted_cost for stage in stages) / steps,
         measured_saving=1 - sum(stage.steps * stage.measured_cost for stage in stages) / steps,
+        freezing_seconds=sum(event.get("seconds", 0.0) for event in events if event["event"] == "freeze"),
     )
 
 

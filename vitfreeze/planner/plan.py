@@ -277,16 +277,16 @@ class _Planner:
             share = 1 - -(-floor // every) * every / self.schedule.total_steps
             most = share * (1 - self.step_time(costs.size.depth)[0])
             notes.append(
-                f"freeze.mode is adaptive: what freezes is measured in the run; at most {most:.1%} can be saved, if all "
-                "layers but the last freeze at the floor"
+                f"freeze.mode is adaptive: what freezes is measured in the run; at most {most:.1%} can be saved, "
+                "if all layers but the last freeze at the floor"
             )
         if freeze.mode == "schedule" and not (freeze.cls_token and freeze.patch_embed):
             kept = [name for name in ("cls_token", "patch_embed") if not getattr(freeze, name)]
-            notes.append(f"{' and '.join(kept)} train(s) to the end, so the backward pass runs through frozen blocks")
+            notes.append(f"{' and '.join(kept)} never frozen, so the backward pass runs through the frozen blocks")
         if self.times is None:
             notes.append(
-                f"not counted: HOG targets ({costs.hog_operations / 1e6:.1f} M elementwise operations an image), norms, "
-                "the optimizer, data; measure them with `vitfreeze bench step --json`"
+                f"not counted: HOG targets ({costs.hog_operations / 1e6:.1f} M elementwise operations an image), "
+                "norms, the optimizer, data; measure them with `vitfreeze bench step --json`"
             )
         return tuple(notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vitfreeze.planner.measured import Comparison
@@ -55,8 +56,8 @@ def _format_settings(plan: Plan) -> str:
 def _explain_state(plan: Plan) -> str:
     if plan.machine.state_bytes_per_parameter == 8:
         return "two fp32 moments; the fp32 weights are their own master"
-    divided = f", divided over {plan.machine.world_size} ranks" if plan.machine.zero_stage else ", whole on every rank"
-    return f"an fp32 master weight and two fp32 moments{divided}"
+    where = f"divided over {plan.machine.world_size} ranks" if plan.machine.zero_stage else "whole on every rank"
+    return "an fp32 master weight and two fp32 moments" + (f", {where}" if plan.machine.world_size > 1 else "")
 
 
 def _format_stages(plan: Plan) -> str:
@@ -89,7 +90,7 @@ def _format_whole(plan: Plan) -> str:
         f"Saving: {plan.saving:.1%} of the step time, {plan.gpu_hours_saved:.1f} of {before:.1f} GPU-hours "
         f"({plan.timing})",
     ]
-    if plan.saving != plan.flops_saving:
+    if not math.isclose(plan.saving, plan.flops_saving, abs_tol=1e-9):
         lines.append(f"        {plan.flops_saving:.1%} of the counted operations")
     last = plan.stages[-1]
     lines.append(
@@ -140,7 +141,7 @@ def format_plans_side_by_side(plan: Plan, other: Plan) -> str:
     for name, figure in (
         ("model", lambda p: p.model),
         ("freezing", lambda p: p.mode if p.mode != "schedule" else f"t_0 {p.t_0:g} {p.how}"),
-        ("rates", lambda p: "scaled" if p.scale_lr and p.mode == "schedule" else "unscaled"),
+        ("rates", lambda p: "one cosine" if p.mode != "schedule" else "scaled" if p.scale_lr else "unscaled"),
         ("steps", lambda p: f"{p.total_steps:,}"),
         ("first freeze at step", lambda p: f"{p.stages[1].first_step:,}" if len(p.stages) > 1 else "never"),
         ("step cost in the last stage", lambda p: f"{last(p).relative_cost:.3f}"),
@@ -170,23 +171,14 @@ def format_targets(targets: Sequence[Target], *, target_saving: float) -> str:
 
 def format_comparison(comparison: Comparison) -> str:
     """Return the plan and the measured run, stage by stage, and both savings."""
-    rows = [
-        ["frozen layers", "steps", "images/s", "planned cost", "measured", "waits for data", "optimizer", "planned"]
-    ]
+    heading = ["frozen layers", "steps", "images/s", "planned cost", "measured", "waits for data", "optimizer"]
+    rows = [[*heading, "planned"]]
     for stage in comparison.stages:
-        rows.append(
-            [
-                str(stage.frozen_layers),
-                f"{stage.steps:,}",
-                f"{stage.images_per_second:.1f}",
-                f"{stage.predicted_cost:.3f}",
-                f"{stage.measured_cost:.3f}",
-                f"{stage.data_wait_fraction:.0%}",
-                format_bytes(stage.measured_state_bytes),
-                format_bytes(stage.predicted_state_bytes),
-            ]  # fmt: skip
-        )
+        cells = [str(stage.frozen_layers), f"{stage.steps:,}", f"{stage.images_per_second:.1f}"]
+        cells += [f"{stage.predicted_cost:.3f}", f"{stage.measured_cost:.3f}", f"{stage.data_wait_fraction:.0%}"]
+        cells += [format_bytes(stage.measured_state_bytes), format_bytes(stage.predicted_state_bytes)]
+        rows.append(cells)
     return (
-        f"{format_table(rows)}\nFreezing saved {comparison.measured_saving:.1%} of the step time; "
-        f"the plan said {comparison.predicted_saving:.1%}"
+        f"{format_table(rows)}\nFreezing saved {comparison.measured_saving:.1%} of the step time; the plan said "
+        f"{comparison.predicted_saving:.1%}; dropping layers took {comparison.freezing_seconds:.1f} s in all"
     )

@@ -1,0 +1,274 @@
+"""Figures of a schedule and of a run, as PNG or SVG. Matplotlib is imported when a figure is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitfreeze.architecture import tap_blocks
+from vitfreeze.config import Config, ConfigError, load_config
+from vitfreeze.planner import Comparison, Plan, compare_with_measurement, plan
+from vitfreeze.report import read_json_lines
+from vitfreeze.schedule import RunSchedule, build_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg")
+# Okabe and Ito's colours, which people with any common colour vision tell apart; each scale has a dash of its own too.
+SCALE_STYLES: Mapping[str, tuple[str, str]] = {
+    "4": ("#0072B2", "-"),
+    "2": ("#D55E00", "--"),
+    "1": ("#009E73", "-."),
+    "0.5": ("#CC79A7", ":"),
+}
+INK, SHADE, ACCENT = "#222222", "#EEEEEE", "#D55E00"
+POINTS_PER_CURVE = 600
+
+
+def plot_schedule(config: Config, path: Path, *, steps_per_epoch: int | None = None) -> Path:
+    """Draw the learning rate of every layer over the run, and the cost of a step as layers freeze; return `path`.
+
+    As figures 2 and 3 of ViTFreeze, with the warm-up. `steps_per_epoch` is ImageNet-1K's if not given.
+
+    Raises:
+        ConfigError: a suffix other than .png and .svg, or settings that cannot be planned.
+    """
+    prediction = plan(config, steps_per_epoch=steps_per_epoch)
+    schedule = build_schedule(config, steps_per_epoch=prediction.steps_per_epoch)
+    figure, axes = _new_figure(rows=2, columns=1, size=(9, 7), heights=(3, 1))
+    rates, cost = axes[0][0], axes[1][0]
+    _draw_rates(rates, schedule, steps_per_epoch=prediction.steps_per_epoch)
+    _draw_cost(cost, prediction)
+    cost.set_xlabel("epoch")
+    rates.set_title(f"{prediction.recipe}: {prediction.model}, {_describe_freezing(prediction)}", loc="left")
+    return _save(figure, path)
+
+
+def plot_run(run_dir: Path, path: Path) -> Path:
+    """Draw what a run folder holds: losses, rates, frozen layers, speed, memory, the plan beside it; return `path`.
+
+    Raises:
+        ConfigError: a suffix other than .png and .svg, or no metrics in the folder.
+    """
+    metrics = read_json_lines(run_dir / "metrics.jsonl")
+    if not metrics:
+        raise ConfigError(f"{run_dir} holds no metrics.jsonl with a logged step, so there is nothing to draw")
+    events = read_json_lines(run_dir / "events.jsonl")
+    config = load_config(run_dir / "config.yaml")
+    figure, axes = _new_figure(rows=4, columns=2, size=(12, 13), heights=(1, 1, 1, 1))
+    steps = [line["step"] for line in metrics]
+    _draw_losses(axes[0][0], axes[0][1], metrics)
+    _draw_logged_rates(axes[1][0], metrics, depth=config.model.resolve().depth)
+    _draw_staircase(axes[1][1], steps, [line["frozen_layers"] for line in metrics], label="frozen layers")
+    axes[1][1].set_ylim(0, config.model.resolve().num_layers)
+    _draw_series(axes[2][0], steps, [line["images_per_second"] for line in metrics], label="images per second")
+    megabytes = [line["optimizer_state_bytes"] / 2**20 for line in metrics]
+    _draw_staircase(axes[2][1], steps, megabytes, label="optimizer state per rank (MiB)")
+    comparison = _compare(config, metrics, events)
+    _draw_comparison(axes[3][0], axes[3][1], comparison)
+    for axis in [axis for row in axes[:3] for axis in row]:
+        _mark_freezes(axis, metrics)
+        axis.set_xlabel("step")
+        axis.set_xlim(0, steps[-1])
+    figure.suptitle(f"{run_dir.resolve().name}: {config.model.size}, {steps[-1]:,} steps", x=0.01, ha="left")
+    return _save(figure, path)
+
+
+def _compare(config: Config, metrics: Sequence[Mapping[str, Any]], events: Sequence[dict[str, Any]]) -> Comparison:
+    last = metrics[-1]
+    prediction = plan(config, steps_per_epoch=round(last["step"] / last["epoch"]), events=events)
+    return compare_with_measurement(prediction, metrics, events=events)
+
+
+# Parts of the figures -------------------------------------------------------------------------------------------------
+
+
+def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> None:
+    depth = schedule.depth
+    colors = _layer_colors(depth + 1)
+    for layer in range(depth + 1):
+        steps = _sample_steps(schedule, layer)
+        name = f"layer_{layer:02d}"
+        rates = [_rate_of(schedule, name, step) for step in steps]
+        axis.plot([step / steps_per_epoch for step in steps], rates, color=colors(layer), linewidth=1.4)
+    frozen_at = [(step / steps_per_epoch, frozen - 1) for step, frozen in schedule.prefix_changes()]
+    for epoch, layer in frozen_at:
+        axis.plot(epoch, 0, marker="|", markersize=9, color=colors(layer), clip_on=False)
+    if frozen_at:
+        axis.plot([], [], marker="|", markersize=9, color=INK, linestyle="none", label="a layer freezes")
+    steps = _spread(0, schedule.total_steps)
+    cosine = [schedule.cosine.learning_rate(step) for step in steps]
+    if schedule.heads_lr == "global" or schedule.layers is None:
+        axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label="heads")
+    else:
+        axis.plot([], [], color=INK, linestyle="none", label="heads: as the layer of their tap")
+    warmup = schedule.cosine.warmup_steps / steps_per_epoch
+    axis.axvspan(0, warmup, color=SHADE, zorder=0)
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(0, schedule.total_steps / steps_per_epoch)
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
+    if warmup:
+        axis.text(warmup / 2, 0.97, "warm-up", transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
+    axis.set_ylabel("learning rate")
+    axis.legend(loc="upper right", frameon=False)
+    _add_layer_bar(axis, depth)
+
+
+def _rate_of(schedule: RunSchedule, name: str, step: int) -> float:
+    """Rate of a layer, also of layer 0 when it has no parameters of its own left."""
+    rates = schedule.learning_rates(step)
+    if name in rates:
+        return rates[name]
+    return schedule.layers.learning_rate(0, step) if schedule.layers is not None else rates["cls_token"]
+
+
+def _sample_steps(schedule: RunSchedule, layer: int) -> list[int]:
+    """Steps from 0 to the one at which the layer is frozen, dense enough to look smooth, with the warm-up's corner."""
+    end = schedule.layers.freeze_step(layer) if schedule.layers is not None else schedule.total_steps
+    return sorted({*_spread(0, end), schedule.cosine.warmup_steps})
+
+
+def _spread(start: int, end: int) -> list[int]:
+    return sorted({round(start + (end - start) * i / POINTS_PER_CURVE) for i in range(POINTS_PER_CURVE + 1)})
+
+
+def _draw_cost(axis: Axes, prediction: Plan) -> None:
+    epochs = [stage.epoch for stage in prediction.stages]
+    epochs.append(prediction.total_steps / prediction.steps_per_epoch)
+    costs = [stage.relative_cost for stage in prediction.stages]
+    axis.stairs(costs, epochs, color=ACCENT, linewidth=1.6, baseline=None)
+    axis.stairs(costs, epochs, baseline=1, fill=True, color=ACCENT, alpha=0.15)
+    axis.set_ylim(0, 1.08)
+    axis.set_xlim(0, epochs[-1])
+    axis.set_ylabel("cost of a step\n(start = 1)")
+    saved = f"saves {prediction.saving:.1%} of the computing" if prediction.saving else "nothing freezes by schedule"
+    axis.text(0.01, 0.08, saved, transform=axis.transAxes, color=INK)
+
+
+def _describe_freezing(prediction: Plan) -> str:
+    if prediction.mode != "schedule":
+        return f"freezing {prediction.mode}"
+    return f"$t_0$ = {prediction.t_0:g}, {prediction.how}, {'scaled' if prediction.scale_lr else 'unscaled'} rates"
+
+
+def _draw_losses(total: Axes, scales: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+    _draw_series(total, [line["step"] for line in metrics], [line["loss"] for line in metrics], label="loss (sum)")
+    for scale, (color, dashes) in SCALE_STYLES.items():
+        lines = [line for line in metrics if scale in line["losses"]]
+        if lines:
+            steps, losses = [line["step"] for line in lines], [line["losses"][scale] for line in lines]
+            scales.plot(steps, losses, color=color, linestyle=dashes, linewidth=1.4, label=f"{scale} x the patch grid")
+    scales.set_ylabel("loss of each scale")
+    scales.legend(loc="upper right", frameon=False, fontsize="small")
+    scales.grid(axis="y", color=SHADE)
+
+
+def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, depth: int) -> None:
+    colors = _layer_colors(depth + 1)
+    for layer in range(depth + 1):
+        name = f"layer_{layer:02d}"
+        lines = [line for line in metrics if line["lr"].get(name, 0.0) > 0]
+        rates = [line["lr"][name] for line in lines]
+        axis.plot([line["step"] for line in lines], rates, color=colors(layer), linewidth=1.2)
+    last_head = f"head_{len(tap_blocks(depth)) - 1}"
+    lines = [line for line in metrics if last_head in line["lr"]]
+    rates = [line["lr"][last_head] for line in lines]
+    axis.plot([line["step"] for line in lines], rates, color=INK, linestyle="--", linewidth=1.2, label="heads")
+    axis.legend(loc="upper right", frameon=False, fontsize="small")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("learning rate")
+    _add_layer_bar(axis, depth)
+
+
+def _draw_series(axis: Axes, steps: Sequence[int], values: Sequence[float], *, label: str) -> None:
+    axis.plot(steps, values, color=INK, linewidth=1.2)
+    axis.set_ylabel(label)
+    axis.grid(axis="y", color=SHADE)
+
+
+def _draw_staircase(axis: Axes, steps: Sequence[int], values: Sequence[float], *, label: str) -> None:
+    axis.step([0, *steps], [values[0], *values], where="pre", color=INK, linewidth=1.4)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel(label)
+    axis.grid(axis="y", color=SHADE)
+
+
+def _mark_freezes(axis: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+    for before, after in pairwise(metrics):
+        if after["frozen_layers"] > before["frozen_layers"]:
+            axis.axvline(before["step"], color=ACCENT, linewidth=0.6, alpha=0.5, zorder=0)
+
+
+def _draw_comparison(costs: Axes, savings: Axes, comparison: Comparison) -> None:
+    """Cost of a step in every stage, planned and measured; and the savings of the whole run."""
+    frozen = [stage.frozen_layers for stage in comparison.stages]
+    planned = [stage.predicted_cost for stage in comparison.stages]
+    measured = [stage.measured_cost for stage in comparison.stages]
+    costs.plot(frozen, planned, color=INK, marker="o", fillstyle="none", linestyle="--", label="planned")
+    costs.plot(frozen, measured, color=ACCENT, marker="s", linestyle="-", label="measured")
+    costs.set_xticks(frozen)
+    costs.set_ylim(bottom=0)
+    costs.set_xlabel("frozen layers")
+    costs.set_ylabel("cost of a step (start = 1)")
+    costs.legend(loc="lower left", frameon=False, fontsize="small")
+    costs.grid(axis="y", color=SHADE)
+    shares = [100 * comparison.predicted_saving, 100 * comparison.measured_saving]
+    bars = savings.barh(["planned", "measured"], shares, color=["white", ACCENT], edgecolor=[INK, ACCENT])
+    savings.bar_label(bars, labels=[f"{share:.1f} %" for share in shares], padding=4)
+    savings.invert_yaxis()
+    savings.margins(x=0.2)
+    savings.axvline(0, color=INK, linewidth=0.8)
+    savings.set_xlabel("saved step time of the whole run (%)")
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------
+
+
+def _layer_colors(count: int) -> Colormap:
+    """Colours of the layers from first to last: viridis without its palest end, which vanishes on white."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    viridis = colormaps["viridis"]
+    return ListedColormap([viridis(0.92 * layer / (count - 1)) for layer in range(count)])
+
+
+def _add_layer_bar(axis: Axes, depth: int) -> None:
+    """Add the key of the layers' colours: a bar with one step per layer, first layer at the bottom."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+
+    norm = BoundaryNorm([layer - 0.5 for layer in range(depth + 2)], depth + 1)
+    every = 1 if depth <= 12 else 4
+    bar = axis.figure.colorbar(
+        ScalarMappable(norm=norm, cmap=_layer_colors(depth + 1)), ax=axis, ticks=range(0, depth + 1, every), pad=0.02
+    )
+    bar.set_label("layer (0: patch embedding)")
+    bar.ax.tick_params(length=0, which="both")
+
+
+def _new_figure(
+    *, rows: int, columns: int, size: tuple[float, float], heights: Iterable[float]
+) -> tuple[Figure, list[list[Axes]]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=list(heights))
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes.tolist()
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"the figure's file is {str(path)!r}, but its name must end in {' or '.join(SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
