@@ -23,6 +23,7 @@ from data_prep.errors import InputError
 from data_prep.folders import find_images, list_class_folders
 from data_prep.splits import ImageSet
 from data_prep.workers import run_tasks
+from data_prep.writer import PRELOADED
 
 WNID = re.compile(r"n\d{8}")
 META_SUFFIX = "data/meta.mat"
@@ -194,7 +195,7 @@ def list_train(path: Path, *, workers: int) -> LabelledFiles:
     if sum(member.size for member in inner) < SERIAL_BYTES:
         workers = 1
     tasks = (InnerArchive(path, member) for member in inner)
-    listed = list(run_tasks(list_inner, tasks, workers=workers, preload=["data_prep.writer"]))
+    listed = list(run_tasks(list_inner, tasks, workers=workers, preload=PRELOADED))
     return _join_inner(path, listed)
 
 

@@ -158,10 +158,10 @@ class Journal:
         self._file.truncate(whole)
         try:
             lines = [json.loads(line) for line in content[:whole].splitlines()]
-            if not lines:
-                return None
+            if len(lines) < 2 and not any(self.folder.glob("*.tar")):
+                return None  # that run had only begun
             return Manifest(lines[0]["settings"], [_entry_from_json(line) for line in lines[1:]])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.folder / JOURNAL} is damaged: delete the folder and start again.") from error
 
     def _append(self, line: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry, shard_names
 from data_prep.splits import ImageSet
 from data_prep.workers import run_tasks
-from data_prep.writer import ShardTask, finish_shard
+from data_prep.writer import PRELOADED, ShardTask, finish_shard
 
 # 1,281,167 and 50,000 images then make 1024 and 64 shards, as in timm/imagenet-1k-wds.
 DEFAULT_SAMPLES_PER_SHARD = {"train": 1252, "validation": 782}
@@ -131,7 +131,7 @@ def _write_shards(
     entries = []
     total = sum(len(catalogue) for catalogue in images.splits.values())
     with show_progress("packing", total=total) as progress:
-        for entry in run_tasks(finish_shard, tasks, workers=min(workers, count), preload=["data_prep.writer"]):
+        for entry in run_tasks(finish_shard, tasks, workers=min(workers, count), preload=PRELOADED):
             if not entry.kept:
                 journal.add(entry)
             entries.append(entry)
@@ -192,5 +192,5 @@ def _check_free_space(folder: Path, images: ImageSet, settings: PackSettings) ->
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
-            f"the shards need about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: none was written."
+            f"the shards need about {needed / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free: none was written."
         )

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from webdataset.writer import TarWriter
-
 from data_prep.catalogue import ByteRange, Record
 from data_prep.errors import OutputError, UndecodableError
 from data_prep.images import StoredImage, check_file_size, prepare_image
 from data_prep.shards import PARTIAL_SUFFIX, ShardEntry, file_sha256, sync_folder
+
+PRELOADED = ("data_prep.writer", "webdataset.writer")  # what the workers of a packing run share
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def finish_shard(task: ShardTask) -> ShardEntry:
 
 
 def _write_partial(task: ShardTask, partial: Path) -> ShardEntry:
+    from webdataset.writer import TarWriter  # imports torch: seconds and 500 MB that only writing processes pay
+
     skipped: list[dict[str, str]] = []
     num_samples = num_disguised = num_reencoded = 0
     file = ShardFile(partial)
