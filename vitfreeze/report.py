@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -64,7 +65,7 @@ class Meter:
         """Add the scalar losses of one micro-batch by name: `loss` is the whole, the others are its parts."""
         for name, loss in losses.items():
             value = loss.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
         self._micro_batches += 1
 
     def add_step(self, *, images: int, wait_seconds: float) -> None:
@@ -91,6 +92,16 @@ class Meter:
         }
         self.restart()
         return figures
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums since the last reading, so that a resumed run reports the mean that it would have."""
+        return {**self._sums, "micro_batches": torch.tensor(self._micro_batches)} if self._micro_batches else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the sums of a run that was stopped; an empty state changes nothing."""
+        sums = dict(state)
+        self._micro_batches = int(sums.pop("micro_batches", 0))
+        self._sums = sums
 
     @property
     def steps(self) -> int:

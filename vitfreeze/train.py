@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.checkpoint import RunFolder, choose_start, load_checkpoint, save_checkpoint
+from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import Batch, TrainLoader, normalize
 from vitfreeze.engine import FreezingEngine, Processes, join_processes
 from vitfreeze.model import LocalMIM
-from vitfreeze.report import Meter, Reporter, format_bytes, read_json_lines
+from vitfreeze.report import Meter, Reporter, format_bytes
 from vitfreeze.schedule import RunSchedule, build_schedule
+from vitfreeze.survival import EXIT_FAILED, EXIT_STOPPED, Keeper, RunFailedError, report_start, schedule_state
 
 logger = logging.getLogger("vitfreeze")
 DS_CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -37,6 +38,7 @@ class Run:
     schedule: RunSchedule
     engine: FreezingEngine
     reporter: Reporter
+    meter: Meter
 
 
 def pretrain(config: Config, *, fresh: bool = False) -> int:
@@ -50,56 +52,66 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
     loader = build_loader(config, processes)
     with RunFolder(directory, processes=processes):
         start = choose_start(config, directory, fresh=fresh, processes=processes)
-        logger.info(start.reason)
-        start_step = start.checkpoint.step if start.checkpoint else 0
-        events = read_json_lines(directory / "events.jsonl")
-        schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=events)
-        engine = build_engine(config, processes, frozen_layers=schedule.frozen_layers(start_step))
-        if start.checkpoint:
-            load_checkpoint(start.checkpoint, engine)
+        checkpoint, start_step = start.checkpoint, start.step
+        schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=start.events)
+        frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.frozen_layers(0)
+        engine = build_engine(config, processes, frozen_layers=frozen_layers)
+        meter = Meter()
+        if checkpoint:
+            meter.load_state(load_checkpoint(checkpoint, engine))
         reporter = Reporter(directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps)
-        train(
-            Run(config=config, directory=directory, loader=loader, schedule=schedule, engine=engine, reporter=reporter),
-            start_step=start_step,
-        )
-        reporter.close()
+        report_start(start, reporter)
+        run = Run(
+            config=config, directory=directory, loader=loader, schedule=schedule, engine=engine, reporter=reporter,
+            meter=meter,
+        )  # fmt: skip
+        try:
+            finished = train(run, start_step=start_step, resumed_from=start.resumed_from)
+        except RunFailedError as error:
+            logger.error("the run has ended: %s", error)
+            return EXIT_FAILED
+        finally:
+            reporter.close()
+        if not finished:
+            return EXIT_STOPPED
         if processes.rank == 0:
             close_run(config, directory, model=engine.module, fresh_model=build_model(config))
     return 0
 
 
-def train(run: Run, *, start_step: int) -> None:
-    """Take every step from `start_step` to the end of the run."""
-    config, schedule, engine, reporter = run.config, run.schedule, run.engine, run.reporter
-    meter = Meter()
-    batches = run.loader.batches(start_step, schedule.total_steps)
-    save_every = config.checkpoint.every.to_steps(
-        steps_per_epoch=run.loader.steps_per_epoch, total_steps=schedule.total_steps
+def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
+    """Take every step from `start_step` to the end of the run; return whether it got there, not asked to stop."""
+    config, loader, schedule, engine = run.config, run.loader, run.schedule, run.engine
+    total_steps = schedule.total_steps
+    saves = SaveSchedule(
+        config.checkpoint.every, start_step=start_step, steps_per_epoch=loader.steps_per_epoch, total_steps=total_steps
     )
-    for step in range(start_step, schedule.total_steps):
-        freeze_layers(run, step, meter)
-        engine.set_learning_rates(schedule.learning_rates(step))
-        take_step(run, step, batches, meter)
-        reporter.advance()
+    keeper = Keeper(
+        run.directory, config=config, engine=engine, reporter=run.reporter, saves=saves, total_steps=total_steps,
+        extra=lambda done: {
+            "position": loader.position(done), RESUMED_FROM: resumed_from, **schedule_state(schedule, done)
+        },
+        local=run.meter.state,
+    )  # fmt: skip
+    with keeper:
+        batches = loader.batches(start_step, total_steps)
+        for step in range(start_step, total_steps):
+            freeze_layers(run, step)
+            engine.set_learning_rates(schedule.learning_rates(step))
+            take_step(run, step, batches, keeper)
+            run.reporter.advance()
 
-        done = step + 1
-        last = done == schedule.total_steps
-        freezes_next = not last and schedule.frozen_layers(done) != schedule.frozen_layers(step)
-        if done % config.run.log_every_steps == 0 or freezes_next or last:
-            log_metrics(run, step, meter)
-        if done % save_every == 0 or last:
-            save_checkpoint(
-                run.directory,
-                step=done,
-                engine=engine,
-                config=config,
-                keep=config.checkpoint.keep,
-                extra={"total_steps": schedule.total_steps},
-            )
-            meter.restart()
+            done = step + 1
+            last = done == total_steps
+            freezes_next = not last and schedule.frozen_layers(done) != schedule.frozen_layers(step)
+            if done % config.run.log_every_steps == 0 or freezes_next or last:
+                log_metrics(run, step)
+            if keeper.end_step(done):  # saves when it is due
+                return False
+    return True
 
 
-def freeze_layers(run: Run, step: int, meter: Meter) -> None:
+def freeze_layers(run: Run, step: int) -> None:
     """Freeze what the schedule freezes at this step; its layers leave the engine."""
     event = run.engine.freeze(run.schedule.frozen_layers(step), step=step)
     if event is None:
@@ -110,10 +122,10 @@ def freeze_layers(run: Run, step: int, meter: Meter) -> None:
         f"optimizer state {format_bytes(event.optimizer_state_bytes)} a rank ({event.seconds:.2f} s)"
     )
     run.reporter.log_event("freeze", message=message, **asdict(event))
-    meter.restart()
+    run.meter.restart()
 
 
-def take_step(run: Run, step: int, batches: Iterator[Batch], meter: Meter) -> None:
+def take_step(run: Run, step: int, batches: Iterator[Batch], keeper: Keeper) -> None:
     """Take one optimizer step: forward and backward of every micro-batch, then the update."""
     engine, schedule = run.engine, run.schedule
     heads = schedule.active_heads(step)
@@ -130,18 +142,20 @@ def take_step(run: Run, step: int, batches: Iterator[Batch], meter: Meter) -> No
         engine.backward(output.loss)
         engine.step()
         parts = {f"{HEAD_SCALES[head]:g}": loss for head, loss in zip(heads, output.losses, strict=True)}
-        meter.add_losses({"loss": output.loss, **parts})
+        losses = {"loss": output.loss, **parts}
+        run.meter.add_losses(losses)
+        keeper.losses.add(step, keys=batch.keys, losses=losses)
         wait_seconds += batch.wait_seconds
-    meter.add_step(images=run.config.batch.global_size, wait_seconds=wait_seconds)
+    run.meter.add_step(images=run.config.batch.global_size, wait_seconds=wait_seconds)
 
 
-def log_metrics(run: Run, step: int, meter: Meter) -> None:
+def log_metrics(run: Run, step: int) -> None:
     """Write what the last steps measured; every rank takes part, rank 0 writes."""
     engine = run.engine
     run.reporter.log_metrics(
         step + 1,
         epoch=(step + 1) / run.loader.steps_per_epoch,
-        **meter.read(engine.mean_over_ranks),
+        **run.meter.read(engine.mean_over_ranks),
         lr=run.schedule.learning_rates(step),
         frozen_layers=run.schedule.frozen_layers(step),
         optimizer_state_bytes=engine.optimizer_state_bytes(),

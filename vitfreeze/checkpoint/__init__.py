@@ -3,10 +3,12 @@
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from vitfreeze.checkpoint.loading import load_checkpoint, read_weights
 from vitfreeze.checkpoint.saving import CheckpointWriter, SaveReport, SaveSchedule, save_checkpoint
-from vitfreeze.checkpoint.start import RunFolder, Start, choose_start
+from vitfreeze.checkpoint.start import ADAPTIVE_CHECKS, RESUMED_FROM, RunFolder, Start, choose_start
 from vitfreeze.convert import from_localmim
 
 __all__ = [
+    "ADAPTIVE_CHECKS",
+    "RESUMED_FROM",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",

@@ -7,10 +7,11 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from vitfreeze.engine import Processes
 
 logger = logging.getLogger("vitfreeze")
 
-RESUMED_FROM = "resumed_from"
+RESUMED_FROM, ADAPTIVE_CHECKS = "resumed_from", "adaptive_checks"
 _LOCK = ".lock"
 _HARMLESS_SUFFIXES = (".log", ".out", ".err")  # what a scheduler may have put there before the run began
 
@@ -40,6 +41,16 @@ class Start:
     checkpoint: Checkpoint | None
     reason: str
     resumed_from: str = ""
+
+    @property
+    def step(self) -> int:
+        """The first step to take."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def events(self) -> tuple[Mapping[str, Any], ...]:
+        """The adaptive checks that the run had made by then."""
+        return tuple(self.checkpoint.extra.get(ADAPTIVE_CHECKS, ())) if self.checkpoint else ()
 
 
 class RunFolder:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfreeze.checkpoint import CheckpointWriter, SaveReport, SaveSchedule
+from vitfreeze.checkpoint import ADAPTIVE_CHECKS, CheckpointWriter, SaveReport, SaveSchedule, Start
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.report import Reporter, format_bytes
+from vitfreeze.schedule import RunSchedule
 from vitfreeze.survival.losses import LossGuard, RunFailedError
 from vitfreeze.survival.signals import StopSignals
 from vitfreeze.survival.watchdog import Watchdog
@@ -86,7 +87,7 @@ class Keeper:
         self._parts.close()
 
     def end_step(self, done: int) -> bool:
-        """Do what is due when `done` steps have been taken; return whether the run shall stop.
+        """Do what is due when `done` steps have been taken; return whether the run shall stop here.
 
         Raises:
             RunFailedError: a loss was not finite, or too many steps in a row were skipped.
@@ -102,11 +103,12 @@ class Keeper:
         self._log_save(self.writer.poll())
         if orders.save or orders.stop or last:
             self._save(done, wait=orders.stop or last)
-        if orders.stop:
+        stops = orders.stop and not last
+        if stops:
             name = self.signals.received or "another rank's signal"
             self.reporter.log_event("stop", done, message=f"step {done}: stopped by {name}", signal=name)
         self.watchdog.beat(done)
-        return orders.stop
+        return stops
 
     def _agree(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> Orders:
         """Tell all ranks what this one wants; rank 0's clock decides about saving, any rank may stop the run."""
@@ -169,3 +171,27 @@ class Keeper:
 
     def _log_hang(self, step: int) -> None:
         self.reporter.log_event("hang", step, minutes=self.config.run.watchdog_minutes)
+
+
+def report_start(start: Start, reporter: Reporter) -> None:
+    """Say where the run begins, and which checkpoints were passed over, in the log and in the events."""
+    checkpoint = start.checkpoint
+    if checkpoint is None:
+        logger.info(start.reason)
+        return
+    for path, reason in checkpoint.rejected:
+        reporter.log_event("checkpoint_rejected", start.step, path=path, reason=reason)
+    reporter.log_event(
+        "resume", start.step, message=start.reason, path=str(checkpoint.path), world_size=checkpoint.world_size,
+        versions=checkpoint.manifest["versions"], frozen_layers=checkpoint.frozen_layers,
+    )  # fmt: skip
+
+
+def schedule_state(schedule: RunSchedule, done: int) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the schedule: its length, the freezes so far, and the adaptive checks."""
+    checks = schedule.adaptive.log if schedule.adaptive is not None else ()
+    return {
+        "total_steps": schedule.total_steps,
+        "freezes": [list(change) for change in schedule.prefix_changes() if change[0] < done],
+        ADAPTIVE_CHECKS: [check.to_event() for check in checks],
+    }
