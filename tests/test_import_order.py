@@ -11,10 +11,11 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "hog", "model", "data", "planner", "engine", "convert", "checkpoint"),
+    *("architecture", "config", "schedule", "hog", "model", "data", "planner", "cluster", "engine", "convert", "checkpoint"),
     *(
         "pretrained",
         "report",
+        "survival",
         "plots",
         "evaluate",
         "export",
