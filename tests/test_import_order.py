@@ -11,7 +11,8 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "hog", "model", "data", "planner", "cluster", "engine", "convert", "checkpoint"),
+    *("architecture", "config", "schedule", "hog", "model", "data", "planner", "cluster", "engine", "convert"),
+    "checkpoint",
     *(
         "pretrained",
         "report",
