@@ -1,0 +1,89 @@
+"""From the settings of a run to its parts: data, model, engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from vitfreeze.config import Config, derive_accumulation
+from vitfreeze.data import TrainLoader
+from vitfreeze.engine import FreezingEngine, Processes
+from vitfreeze.model import LocalMIM
+
+DS_CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+
+
+def build_loader(config: Config, processes: Processes) -> TrainLoader:
+    """Open the training shards."""
+    if not config.data.train:
+        raise config.error("data.train", "a folder of shards, a brace pattern or URLs; make shards with data_prep")
+    micro_batch, _ = derive_accumulation(config, world_size=processes.world_size)
+    data = config.data
+    return TrainLoader(
+        data.train,
+        img_size=config.model.img_size,
+        num_patches=(config.model.img_size // config.model.resolve().patch_size) ** 2,
+        global_batch=config.batch.global_size,
+        micro_batch=micro_batch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        seed=config.run.seed,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        crops_per_image=data.crops_per_image,
+        crop_scale=(data.crop_scale[0], data.crop_scale[1]),
+        max_bad_fraction=data.max_bad_fraction,
+        allow_pipe=data.allow_pipe,
+        cache_dir=data.cache_dir or None,
+        cache_gigabytes=data.cache_gigabytes,
+    )
+
+
+def build_model(config: Config) -> LocalMIM:
+    """Build the model with the weights that the seed gives."""
+    torch.manual_seed(config.run.seed)
+    model = LocalMIM(
+        **asdict(config.model.resolve()),
+        img_size=config.model.img_size,
+        hog_nbins=config.model.hog_nbins,
+        hog_bias=config.model.hog_bias,
+        hog_bias_seed=config.run.seed,
+        mask_ratio=config.model.mask_ratio,
+        freeze_cls_token=config.freeze.cls_token,
+        freeze_patch_embed=config.freeze.patch_embed,
+        activation_checkpointing=config.model.activation_checkpointing,
+    )
+    if config.model.compile:
+        model.compile_parts()
+    return model
+
+
+def build_engine(config: Config, processes: Processes, *, frozen_layers: int) -> FreezingEngine:
+    """Wrap a new model in the DeepSpeed engine, with the first `frozen_layers` layers frozen already."""
+    micro_batch, accumulation = derive_accumulation(config, world_size=processes.world_size)
+    return FreezingEngine(
+        build_model(config),
+        ds_config=find_ds_config(config, processes.device),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        frozen_layers=frozen_layers,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        min_steps_between_drops=config.freeze.min_steps_between_drops,
+        prefix_precision=config.freeze.prefix_precision,
+    )
+
+
+def find_ds_config(config: Config, device: torch.device) -> Path:
+    """Return the DeepSpeed JSON: a path, a name in ds_configs/, or ZeRO-1 in the best precision of the device."""
+    name = config.run.ds_config
+    if not name:
+        name = "cpu" if device.type == "cpu" else "zero1_bf16" if torch.cuda.is_bf16_supported(False) else "zero1_fp16"
+    path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in DS_CONFIG_FOLDER.glob("*.json")))
+        raise config.error("run.ds_config", f"a .json file that exists, or one of {names}")
+    return path
