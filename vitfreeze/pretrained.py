@@ -245,11 +245,12 @@ def _guess_size(weights: Mapping[str, Tensor], *, path: Path, num_heads: int | N
     """Return the dimensions that the shapes show; the number of attention heads they do not show."""
     width, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    known = [size for size in MODEL_SIZES.values() if (size.embed_dim, size.depth) == (width, depth)]
+    published = {name: size for name, size in MODEL_SIZES.items() if not name.endswith("_test")}
+    known = [size for size in published.values() if (size.embed_dim, size.depth) == (width, depth)]
     if num_heads is None and not known:
         raise ValueError(
             f"{path} has {depth} blocks of width {width}, and from shapes alone the number of attention heads is known "
-            f"only for the sizes {', '.join(MODEL_SIZES)}; export it with vitfreeze, whose files say it"
+            f"only for the sizes {', '.join(published)}; export it with vitfreeze, whose files say it"
         )
     hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
     return ModelSize(
