@@ -32,19 +32,18 @@ class StepTimes:
     def relative_cost(self, frozen_layers: int, *, costs: ModelCosts) -> float:
         """Return the cost of a step relative to the start.
 
-        Between measured prefixes it is the counted operations, times the ratio of measured to counted cost, which
-        is interpolated; beyond the last one that ratio stays.
+        Between measured prefixes the measured cost falls as the counted operations do; beyond the last one it keeps
+        its ratio to them.
         """
-        known = sorted(self.step_ms)
-        below = max(k for k in known if k <= frozen_layers)
-        above = min((k for k in known if k >= frozen_layers), default=below)
-        along = (frozen_layers - below) / (above - below) if above > below else 0.0
-        ratio = (1 - along) * self._ratio(below, costs=costs) + along * self._ratio(above, costs=costs)
-        return ratio * costs.step_flops(frozen_layers) / costs.step_flops(0)
-
-    def _ratio(self, frozen_layers: int, *, costs: ModelCosts) -> float:
-        measured = self.step_ms[frozen_layers] / self.step_ms[0]
-        return measured * costs.step_flops(0) / costs.step_flops(frozen_layers)
+        below = max(k for k in self.step_ms if k <= frozen_layers)
+        above = min((k for k in self.step_ms if k >= frozen_layers), default=None)
+        flops, start = costs.step_flops(frozen_layers), self.step_ms[below] / self.step_ms[0]
+        if above is None:
+            return start * flops / costs.step_flops(below)
+        if above == below:
+            return start
+        along = (costs.step_flops(below) - flops) / (costs.step_flops(below) - costs.step_flops(above))
+        return start + along * (self.step_ms[above] / self.step_ms[0] - start)
 
 
 def read_step_times(path: Path) -> StepTimes:

@@ -35,17 +35,23 @@ AUTHORS_RESULTS: tuple[AuthorsResult, ...] = (
     AuthorsResult(how="cubic", t_0=0.90, scale_lr=True, top1=82.8),
     AuthorsResult(how="linear", t_0=0.50, scale_lr=True, top1=82.5),
 )
+AUTHORS_MODEL = "vit_base_patch16"
 AUTHORS_WITHOUT_FREEZING = AuthorsResult(how="off", t_0=1.0, scale_lr=True, top1=83.2, hours=48)
 
 
-def describe_authors(config: Config, *, how: str | None = None, t_0: float | None = None) -> str:
-    """Return what the authors measured at this setting, or at its neighbours; empty for other models than ViT-B."""
-    if config.model.size != "vit_base_patch16" or config.freeze.mode == "adaptive":
+def describe_authors(config: Config) -> str:
+    """Return what the authors measured with the settings of a run, or near them; empty if it is not their model."""
+    if config.model.size != AUTHORS_MODEL or config.freeze.mode == "adaptive":
         return ""
-    if t_0 == 1 or (config.freeze.mode == "off" and how is None):
+    t_0 = 1.0 if config.freeze.mode == "off" else config.freeze.t_0
+    return find_authors_results(config.freeze.how, t_0=t_0, scale_lr=config.freeze.scale_lr)
+
+
+def find_authors_results(how: str, *, t_0: float, scale_lr: bool) -> str:
+    """Return the authors' accuracy at a setting, or at its nearest neighbours below and above."""
+    if t_0 == 1:
         return _format_result(AUTHORS_WITHOUT_FREEZING)
-    how, t_0 = how or config.freeze.how, t_0 or config.freeze.t_0
-    known = [r for r in AUTHORS_RESULTS if r.how == how and r.scale_lr == config.freeze.scale_lr]
+    known = [r for r in AUTHORS_RESULTS if r.how == how and r.scale_lr == scale_lr]
     exact = [result for result in known if abs(result.t_0 - t_0) < 1e-6]
     if exact:
         return _format_result(exact[0])
@@ -125,7 +131,6 @@ def _solve(config: Config, how: str, target: float, saving_at: Callable[[str, in
         middle = (low + high) // 2
         low, high = (middle, high) if saving_at(how, middle) >= target else (low, middle)
     t_0 = low / 10_000
-    return Target(
-        how=how, t_0=t_0, saving=saving_at(how, low), reachable=reachable,
-        authors=describe_authors(config, how=how, t_0=t_0),
-    )  # fmt: skip
+    known = config.model.size == AUTHORS_MODEL
+    authors = find_authors_results(how, t_0=t_0, scale_lr=config.freeze.scale_lr) if known else ""
+    return Target(how=how, t_0=t_0, saving=saving_at(how, low), reachable=reachable, authors=authors)
