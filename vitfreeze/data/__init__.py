@@ -4,14 +4,13 @@ from vitfreeze.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, CenterCrop,
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.loading import (
     Batch,
-    EpochReport,
     EvalLoader,
-    SkippedSample,
     TrainLoader,
     normalize,
     workers_needed,
 )
 from vitfreeze.data.order import EpochOrder
+from vitfreeze.data.reporting import EpochReport, SkippedSample, merge_reports
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -26,6 +25,7 @@ __all__ = [
     "ShardError",
     "SkippedSample",
     "TrainLoader",
+    "merge_reports",
     "normalize",
     "workers_needed",
 ]

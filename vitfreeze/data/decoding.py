@@ -60,10 +60,11 @@ def decode_image(data: bytes, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> De
 
 def _decode_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-            warnings.simplefilter("ignore")  # of broken metadata, which nobody here reads
-            _check_pixels(image.height, image.width, max_image_pixels)
-            return np.array(image.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken metadata, which nobody here reads; sizes, which are checked below
+            with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+                _check_pixels(image.height, image.width, max_image_pixels)
+                return np.array(image.convert("RGB"))
     except BadSampleError:
         raise
     # Pillow raises nearly anything on broken input: OSError, SyntaxError, struct.error, ValueError, EOFError ...

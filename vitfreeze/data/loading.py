@@ -15,7 +15,6 @@ import logging
 import math
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -32,19 +31,10 @@ from vitfreeze.data.decoding import MAX_IMAGE_PIXELS, DecodedImage, decode_image
 from vitfreeze.data.downloads import DownloadCache, cut_query, default_cache_dir
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.order import EpochOrder, SampleRandom
+from vitfreeze.data.reporting import EpochReport, EpochTally, SkippedSample
 from vitfreeze.data.shards import Sample, ShardReader, ShardSet, find_shards
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedSample:
-    """A sample that could not be used."""
-
-    index: int
-    shard: str
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +66,6 @@ class Batch:
     work_seconds: float
     skipped: Sequence[SkippedSample] = ()
     fallbacks: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochReport:
-    """What this rank met in one epoch.
-
-    Attributes:
-        epoch: number of the epoch, from 0.
-        images: images decoded.
-        fallbacks: how many of them Pillow decoded.
-        skipped: the samples that could not be used, once each.
-    """
-
-    epoch: int
-    images: int
-    fallbacks: int
-    skipped: Sequence[SkippedSample]
-
-    @property
-    def skipped_per_shard(self) -> Mapping[str, int]:
-        """Number of unusable samples of each shard that has any."""
-        return Counter(sample.shard for sample in self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,55 +200,15 @@ class _BatchMaker(Dataset):
                 image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.recipe.max_image_pixels)
                 return sample, index - place + there, image
             except BadSampleError as error:
-                skipped.append(
-                    SkippedSample(
-                        index=index - place + there,
-                        shard=cut_query(self.reader.shards.names[shard]),
-                        key=self.reader.key(shard, there),
-                        reason=str(error),
+                reason = str(error)
+                if not offset:  # those passed over in search of a substitute are counted where it is their turn
+                    name = cut_query(self.reader.shards.names[shard])
+                    skipped.append(
+                        SkippedSample(index=index, shard=name, key=self.reader.key(shard, place), reason=reason)
                     )
-                )
         if not self.recipe.replace_bad:
             return None
-        name = cut_query(self.reader.shards.names[shard])
-        raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {skipped[-1].reason})")
-
-
-class _Tally:
-    """Counts what one epoch meets, and ends the run when too much of it is unusable."""
-
-    def __init__(self, epoch: int, *, expected_images: int, max_bad_fraction: float) -> None:
-        self.epoch = epoch
-        self.images = 0
-        self.fallbacks = 0
-        self.skipped: dict[int, SkippedSample] = {}
-        self.expected_images = expected_images
-        self.max_bad_fraction = max_bad_fraction
-
-    def add(self, skipped: Iterable[SkippedSample], *, images: int, fallbacks: int) -> None:
-        self.images += images
-        self.fallbacks += fallbacks
-        self.skipped |= {sample.index: sample for sample in skipped}
-        if len(self.skipped) > self.max_bad_fraction * self.expected_images:
-            raise ShardError(
-                f"{len(self.skipped)} of the {self.expected_images} samples of epoch {self.epoch} on this rank are "
-                f"unusable, over data.max_bad_fraction={self.max_bad_fraction:g}: {self._worst()}"
-            )
-
-    def _worst(self) -> str:
-        counts = Counter(sample.shard for sample in self.skipped.values())
-        reasons = {sample.shard: f"{sample.key}: {sample.reason}" for sample in self.skipped.values()}
-        parts = [f"{shard} ({count}; {reasons[shard]})" for shard, count in counts.most_common(3)]
-        return ", ".join(parts) + (", ..." if len(counts) > 3 else "")
-
-    def report(self) -> EpochReport:
-        if self.skipped:
-            _log.warning("epoch %d: %d samples were unusable: %s", self.epoch, len(self.skipped), self._worst())
-        if self.fallbacks:
-            _log.info("epoch %d: Pillow decoded %d of %d images", self.epoch, self.fallbacks, self.images)
-        return EpochReport(
-            epoch=self.epoch, images=self.images, fallbacks=self.fallbacks, skipped=tuple(self.skipped.values())
-        )
+        raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {reason})")
 
 
 def _start_worker(_: int) -> None:
@@ -439,7 +367,8 @@ class TrainLoader(_Loader):
         num_classes: labels must exist and be smaller; None: labels are not looked at.
         prefetch: batches that each worker keeps ready.
         pin_memory: page-locked batches, for asynchronous copies; default: when CUDA is there.
-        max_bad_fraction: share of this rank's samples of an epoch that may be unusable before it is an error.
+        max_bad_fraction: share of an epoch's samples that may be unusable; an error as soon as this rank alone meets
+            more. Over several ranks, `merge_reports` decides.
         max_image_pixels: largest image that is decoded.
         allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command.
         cache_dir: folder for fetched shards and for the shards' headers; default: the user's cache.
@@ -557,17 +486,17 @@ class TrainLoader(_Loader):
             raise ValueError(f"steps {start_step} to {total_steps} are not a stretch of a run")
         size = micro_batch or self.micro_batch
         requests = self._requests(start_step, total_steps, size, self.accumulation(size))
-        tally: _Tally | None = None
+        images = self.steps_per_epoch * self.global_batch // self.crops_per_image
+        tally: EpochTally | None = None
         for batch in self._serve(self._recipe, requests, largest=size):
             if tally is None or batch.epoch != tally.epoch:
                 if tally is not None:
-                    self._reports.append(tally.report())
-                expected = self.steps_per_epoch * self.global_batch // self.crops_per_image // self.world_size
-                tally = _Tally(batch.epoch, expected_images=expected, max_bad_fraction=self.max_bad_fraction)
+                    self._reports.append(tally.finish())
+                tally = EpochTally(batch.epoch, epoch_images=images, max_bad_fraction=self.max_bad_fraction)
             tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
             yield batch
         if tally is not None:
-            self._reports.append(tally.report())
+            self._reports.append(tally.finish())
 
     def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[_Request]:
         for step in range(start_step, total_steps):
@@ -654,7 +583,7 @@ class EvalLoader(_Loader):
         return -(-len(self.share) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        tally = _Tally(0, expected_images=len(self.share), max_bad_fraction=self.max_bad_fraction)
+        tally = EpochTally(0, epoch_images=self.num_samples, max_bad_fraction=self.max_bad_fraction)
         requests = (
             _Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
@@ -663,7 +592,7 @@ class EvalLoader(_Loader):
             tally.add(batch.skipped, images=len(batch.images), fallbacks=batch.fallbacks)
             if len(batch.images):
                 yield batch
-        self._reports.append(tally.report())
+        self._reports.append(tally.finish())
 
 
 def _check_least(**settings: tuple[int, int]) -> None:

@@ -1,0 +1,141 @@
+"""The account of an epoch: what was decoded, what could not be, and when that is too much."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vitfreeze.data.errors import ShardError
+
+_log = logging.getLogger(__name__)
+
+_SHARDS_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedSample:
+    """A sample that could not be used.
+
+    Attributes:
+        index: its place in the concatenation of all shards.
+        shard: the shard it lies in.
+        key: its key; '#' and its place in the shard where it has none.
+        reason: what is wrong with it.
+    """
+
+    index: int
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What one rank, or all of them together, met in one epoch.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        epoch_images: images of the whole epoch over all ranks.
+        images: images decoded; fewer than the epoch's on one of several ranks, or after a resume.
+        fallbacks: how many of them Pillow decoded.
+        skipped: the samples that could not be used, once each.
+    """
+
+    epoch: int
+    epoch_images: int
+    images: int
+    fallbacks: int
+    skipped: Sequence[SkippedSample]
+
+    @property
+    def skipped_per_shard(self) -> Mapping[str, int]:
+        """Number of unusable samples of each shard that has any."""
+        return Counter(sample.shard for sample in self.skipped)
+
+
+def merge_reports(reports: Sequence[EpochReport], *, max_bad_fraction: float) -> EpochReport:
+    """Join the reports of all ranks on one epoch.
+
+    Raises:
+        ShardError: together they met more unusable samples than `max_bad_fraction` of the epoch.
+        ValueError: the reports are of different epochs, or there is none.
+    """
+    if len({report.epoch for report in reports}) != 1:
+        raise ValueError(f"reports of the epochs {sorted({report.epoch for report in reports})} cannot be joined")
+    merged = EpochReport(
+        epoch=reports[0].epoch,
+        epoch_images=reports[0].epoch_images,
+        images=sum(report.images for report in reports),
+        fallbacks=sum(report.fallbacks for report in reports),
+        skipped=tuple({sample.index: sample for report in reports for sample in report.skipped}.values()),
+    )
+    check_bad_fraction(merged, max_bad_fraction=max_bad_fraction)
+    return merged
+
+
+def check_bad_fraction(report: EpochReport, *, max_bad_fraction: float) -> None:
+    """Refuse an epoch with too many unusable samples.
+
+    Raises:
+        ShardError: names the worst shards.
+    """
+    if len(report.skipped) > max_bad_fraction * report.epoch_images:
+        raise ShardError(
+            f"{len(report.skipped)} of {report.epoch_images} samples of epoch {report.epoch} are unusable, over "
+            f"data.max_bad_fraction={max_bad_fraction:g}: {describe_skipped(report)}"
+        )
+
+
+def describe_skipped(report: EpochReport) -> str:
+    """Name the shards with most unusable samples, with a count and one reason each."""
+    counts = Counter(report.skipped_per_shard)
+    reasons = {sample.shard: f"{sample.key}: {sample.reason}" for sample in report.skipped}
+    parts = [f"{shard} ({count}; {reasons[shard]})" for shard, count in counts.most_common(_SHARDS_NAMED)]
+    return ", ".join(parts) + (", ..." if len(counts) > _SHARDS_NAMED else "")
+
+
+class EpochTally:
+    """Counts what one rank meets in one epoch, and stops as soon as that alone is too much."""
+
+    def __init__(self, epoch: int, *, epoch_images: int, max_bad_fraction: float) -> None:
+        self.epoch = epoch
+        self.epoch_images = epoch_images
+        self.max_bad_fraction = max_bad_fraction
+        self._images = 0
+        self._fallbacks = 0
+        self._skipped: dict[int, SkippedSample] = {}
+
+    def add(self, skipped: Iterable[SkippedSample], *, images: int, fallbacks: int) -> None:
+        """Count one batch.
+
+        Raises:
+            ShardError: more samples than `max_bad_fraction` of the epoch are unusable.
+        """
+        self._images += images
+        self._fallbacks += fallbacks
+        known = len(self._skipped)
+        self._skipped |= {sample.index: sample for sample in skipped}
+        if len(self._skipped) > known:
+            check_bad_fraction(self._snapshot(), max_bad_fraction=self.max_bad_fraction)
+
+    def finish(self) -> EpochReport:
+        """Return the report, and log what was odd."""
+        report = self._snapshot()
+        if report.skipped:
+            _log.warning(
+                "epoch %d: %d samples were unusable: %s", self.epoch, len(report.skipped), describe_skipped(report)
+            )
+        if report.fallbacks:
+            _log.info("epoch %d: Pillow decoded %d of %d images", self.epoch, report.fallbacks, report.images)
+        return report
+
+    def _snapshot(self) -> EpochReport:
+        return EpochReport(
+            epoch=self.epoch,
+            epoch_images=self.epoch_images,
+            images=self._images,
+            fallbacks=self._fallbacks,
+            skipped=tuple(self._skipped.values()),
+        )
