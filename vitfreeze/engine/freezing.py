@@ -25,8 +25,8 @@ from torch import Tensor
 
 from vitfreeze.architecture import active_heads
 from vitfreeze.config import ConfigError
-from vitfreeze.engine.incarnation import Incarnation
-from vitfreeze.engine.processes import join_processes
+from vitfreeze.engine.incarnation import Estate, Incarnation
+from vitfreeze.engine.processes import check_version, join_processes
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.engine.slices import GroupState, SliceReader
 from vitfreeze.engine.units import GroupPlan, is_trained, plan_groups
@@ -45,7 +45,6 @@ class FreezeEvent:
     layers: tuple[int, ...]  # layers that froze now
     heads: tuple[int, ...]  # heads that left with them
     dropped: tuple[str, ...]  # units whose optimizer state left now; those not yet dropped follow later
-    method: str  # how they were dropped: "reinitialize", or "none"
     seconds: float
     trainable_parameters: int
     optimizer_state_bytes: int  # of this rank, without padding
@@ -97,7 +96,15 @@ class FreezingEngine:
         min_steps_between_drops: int = 0,
         prefix_precision: str = "auto",
     ) -> None:
+        check_version()
         self.settings = read_settings(ds_config)
+        if accumulation > 1 and self.settings.precision == "bf16" and not self.settings.sums_in_fp32:
+            log.warning(
+                "%s: gradients of %d micro-batches are summed in bf16, which keeps 8 bits; stage 2 with "
+                "data_types.grad_accum_dtype fp32 sums them in fp32",
+                self.settings.source,
+                accumulation,
+            )
         self.processes = join_processes()
         self.module = model.to(self.device)
         self.micro_batch, self.accumulation = micro_batch, accumulation
@@ -147,6 +154,11 @@ class FreezingEngine:
     def is_boundary(self) -> bool:
         """Whether the current micro-batch is the last of its optimizer step."""
         return self._micro_step == self.accumulation - 1
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of the units that train, the last to freeze first."""
+        return tuple(dict.fromkeys(plan.unit.name for plan in self._trained_plans()))
 
     def set_learning_rates(self, rates: Mapping[str, float]) -> None:
         """Set the learning rate of every unit that trains, by unit name; rates of frozen units stay 0.
@@ -237,7 +249,7 @@ class FreezingEngine:
             dropped = [plan.unit.name for plan in waiting]
         if not newly_frozen and not dropped:
             return None
-        self._synchronize()
+        self.synchronize()
         return FreezeEvent(
             step=step,
             layers=tuple(newly_frozen),
@@ -245,7 +257,6 @@ class FreezingEngine:
                 head for head in heads_before if head not in active_heads(frozen_layers, depth=self.module.depth)
             ),
             dropped=tuple(dict.fromkeys(dropped)),
-            method="reinitialize" if dropped else "none",
             seconds=time.perf_counter() - started,
             trainable_parameters=self.trainable_parameters,
             optimizer_state_bytes=self.optimizer_state_bytes(),
@@ -311,13 +322,12 @@ class FreezingEngine:
         self._convert_prefix()
         # The old engine is a web of cycles; it must be gone before the new one hangs its hooks on the parameters.
         gc.collect()
-        self._live = self._initialize()
-        self._live.inherit(estate)
+        self._live = self._initialize(estate)
         self._live.write_scalars(scalars)
         for plan, group in self._live.groups():
             group["lr"] = rates[plan.name]
 
-    def _initialize(self) -> Incarnation:
+    def _initialize(self, estate: Estate | None = None) -> Incarnation:
         plans = self._trained_plans()
         trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         planned = [name for plan in plans for name in plan.parameter_names]
@@ -334,6 +344,7 @@ class FreezingEngine:
             weight_decay=self._weight_decay,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
+            estate=estate,
         )
 
     # -- the frozen prefix ---------------------------------------------------------------------------------------
@@ -435,7 +446,8 @@ class FreezingEngine:
         torch.distributed.all_reduce(total)
         return [float(value) for value in total / self.world_size]
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device, so that time can be measured."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

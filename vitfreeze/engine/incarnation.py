@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from vitfreeze.engine.processes import Processes
-from vitfreeze.engine.settings import DeepSpeedSettings, accumulates_in_fp32, complete_settings
+from vitfreeze.engine.settings import DeepSpeedSettings, complete_settings
 from vitfreeze.engine.slices import GroupState, Segment, SliceReader, create_moments, read_group, segments, write_group
 from vitfreeze.engine.units import GroupPlan
 
@@ -42,7 +42,8 @@ class Incarnation:
     """A DeepSpeed engine with the parameter groups of `plans`, and AdamW as its optimizer.
 
     The optimizer is ours, so the tensors that ZeRO puts into its groups, and their moments, are found through torch's
-    public interface whatever class DeepSpeed wraps around it.
+    public interface whatever class DeepSpeed wraps around it. With an `estate` it takes over the state of an earlier
+    incarnation; without one its moments are zero.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Incarnation:
         weight_decay: float,
         micro_batch: int,
         accumulation: int,
+        estate: Estate | None = None,
     ) -> None:
         self.plans = plans
         self.settings = settings
@@ -83,7 +85,10 @@ class Incarnation:
         )
         if len(self.optimizer.param_groups) != len(plans):
             raise RuntimeError(f"DeepSpeed kept {len(self.optimizer.param_groups)} of {len(plans)} parameter groups")
-        create_moments(self.optimizer)
+        if estate is None:
+            create_moments(self.optimizer)
+        else:
+            self._inherit(estate)
 
     @property
     def is_partitioned(self) -> bool:
@@ -158,7 +163,7 @@ class Incarnation:
         }
 
     @torch.no_grad()
-    def inherit(self, estate: Estate) -> None:
+    def _inherit(self, estate: Estate) -> None:
         """Take over master weights and moments; ZeRO cuts a group alike in every life, so this is local to a rank."""
         for plan, group in self.groups():
             for tensor, (ancestor, state) in zip(group["params"], estate[plan.name], strict=True):
@@ -179,10 +184,6 @@ class Incarnation:
 
     def gradient_elements(self, *, accumulation: int) -> int:
         """Return how many gradient elements are reduced over the ranks in one optimizer step."""
-        if self.settings.stage == 1 and self.settings.precision == "bf16" and accumulates_in_fp32(self.settings):
-            # DeepSpeed's BF16_Optimizer reduces whole flat fp32 buffers, with padding and soft-frozen groups.
-            ranks = self.processes.world_size
-            return sum(group["params"][0].numel() * ranks for _, group in self.groups())
         weights = dict(self._shell.model.named_parameters())
         trained = sum(weight.numel() for weight in weights.values() if weight.requires_grad)
         return trained * (accumulation if self.settings.stage == 2 else 1)

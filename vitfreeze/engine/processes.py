@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from vitfreeze.cluster import Assembly, Place, join_timeout
+
+log = logging.getLogger(__name__)
+TESTED_SERIES = "0.19."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +26,15 @@ class Processes:
     device: torch.device
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def check_version() -> None:
+    """Warn if this DeepSpeed is not of the series with which freezing is tested."""
+    if not deepspeed.__version__.startswith(TESTED_SERIES):
+        log.warning(
+            "DeepSpeed %s is installed; that frozen layers leave exactly is tested with %s* only: run "
+            "`pytest tests/test_engine.py` before you rely on it",
+            deepspeed.__version__,
+            TESTED_SERIES,
+        )
 
 
 def join_processes() -> Processes:
@@ -33,20 +43,27 @@ def join_processes() -> Processes:
     Call it before anything else uses the accelerator. Joining twice is harmless.
 
     Raises:
-        ValueError: some, but not all, of the launcher's variables are set.
+        ClusterError: some, but not all, of the launcher's variables are set, or not every rank came in time.
     """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if len(missing) == len(names):
-        alone = ("0", "1", "127.0.0.1", str(_free_port()))
-        os.environ.update(dict(zip(names, alone, strict=True)))
-    elif missing:
-        raise ValueError(f"the launcher set only some of {', '.join(names)}: {', '.join(missing)} missing")
+    place = Place.from_environment()
+    if "RANK" not in os.environ:
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": place.master_addr,
+            "MASTER_PORT": str(place.master_port),
+        }
+        os.environ.update(alone)
+    assembly = None  # kept until torch's own store shares the port
+    if place.world_size > 1 and not torch.distributed.is_initialized():
+        assembly = Assembly("join", place=place, timeout=join_timeout())
+        assembly.call_roll()  # torch would wait for a dead node without a word, and not name it in the end
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"] if os.environ["WORLD_SIZE"] == "1" else "0")
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    del assembly
     return Processes(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),

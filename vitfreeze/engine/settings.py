@@ -74,6 +74,11 @@ class DeepSpeedSettings:
     stage: int
     precision: str  # fp32, bf16 or fp16
 
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether gradients are summed in fp32 over the micro-batches of a step."""
+        return self.content.get("data_types", {}).get("grad_accum_dtype", self.precision) == "fp32"
+
     def refuse(self, key: str, value: object, allowed: str) -> ConfigError:
         """Return the error for a value that cannot be used."""
         return ConfigError(f"{key} = {value!r} in {self.source}: {allowed}")
@@ -144,19 +149,14 @@ def read_settings(ds_config: Mapping[str, Any] | str | Path) -> DeepSpeedSetting
 
 def _check_accumulation_dtype(settings: DeepSpeedSettings) -> None:
     dtype = settings.content.get("data_types", {}).get("grad_accum_dtype", settings.precision)
-    allowed = {settings.precision} if settings.stage == 0 else {settings.precision, "fp32"}
+    allowed = {settings.precision, "fp32"} if settings.stage == 2 else {settings.precision}
     if dtype not in allowed:
         raise settings.refuse(
             "data_types.grad_accum_dtype",
             dtype,
-            f"with {settings.precision} and stage {settings.stage} allowed are {' and '.join(sorted(allowed))}",
+            f"with {settings.precision} and stage {settings.stage} allowed is {' or '.join(sorted(allowed))}; only "
+            "stage 2 keeps fp32 sums in parts, stage 1 would keep and reduce them whole on every rank",
         )
-
-
-def accumulates_in_fp32(settings: DeepSpeedSettings) -> bool:
-    """Tell whether gradients of a half-precision run are summed in fp32 over micro-batches."""
-    dtype = settings.content.get("data_types", {}).get("grad_accum_dtype", settings.precision)
-    return settings.precision != "fp32" and dtype == "fp32"
 
 
 def complete_settings(
@@ -185,7 +185,7 @@ def complete_settings(
 def choose_ds_config(path: str | Path, *, device: torch.device) -> Path:
     """Return the DeepSpeed JSON of a run: the given one, or, when that is empty, what suits the device.
 
-    Without a wish a CPU gets cpu.json, a GPU with bf16 units zero1_bf16.json and an older one zero1_fp16.json, from
+    Without a wish a CPU gets cpu.json, a GPU with bf16 units zero2_bf16.json and an older one zero1_fp16.json, from
     the ds_configs folder beside the package.
 
     Raises:
@@ -196,7 +196,7 @@ def choose_ds_config(path: str | Path, *, device: torch.device) -> Path:
     if device.type != "cuda":
         name = "cpu.json"
     else:
-        name = "zero1_bf16.json" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16.json"
+        name = "zero2_bf16.json" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16.json"
     chosen = DS_CONFIG_FOLDER / name
     if not chosen.is_file():
         raise ConfigError(f"run.ds_config is empty and there is no {chosen}: give the path of a DeepSpeed JSON")
