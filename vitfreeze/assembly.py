@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vitfreeze.config import Config, derive_accumulation
-from vitfreeze.data import TrainLoader
+from vitfreeze.data import EvalLoader, TrainLoader
 from vitfreeze.engine import FreezingEngine, Processes
 from vitfreeze.model import LocalMIM
 
@@ -34,6 +34,36 @@ def build_loader(config: Config, processes: Processes) -> TrainLoader:
         prefetch=data.prefetch,
         crops_per_image=data.crops_per_image,
         crop_scale=(data.crop_scale[0], data.crop_scale[1]),
+        max_bad_fraction=data.max_bad_fraction,
+        allow_pipe=data.allow_pipe,
+        cache_dir=data.cache_dir or None,
+        cache_gigabytes=data.cache_gigabytes,
+    )
+
+
+def open_split(
+    config: Config, split: str, *, rank: int = 0, world_size: int = 1, num_classes: int | None = None
+) -> EvalLoader:
+    """Open the shards of one split, `train` or `validation`, for evaluation: every image once over the ranks.
+
+    Raises:
+        ConfigError: the recipe names no shards for it.
+        ShardError: the shards cannot be read.
+    """
+    data = config.data
+    shards = data.train if split == "train" else data.val
+    if not shards:
+        raise config.error("data.train" if split == "train" else "data.val", f"shards of the {split} split")
+    return EvalLoader(
+        shards,
+        split=split,
+        img_size=config.model.img_size,
+        batch_size=64,
+        rank=rank,
+        world_size=world_size,
+        num_classes=num_classes,
+        workers=data.workers,
+        prefetch=data.prefetch,
         max_bad_fraction=data.max_bad_fraction,
         allow_pipe=data.allow_pipe,
         cache_dir=data.cache_dir or None,

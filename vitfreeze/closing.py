@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitfreeze.assembly import open_split
 from vitfreeze.config import Config
-from vitfreeze.data import EvalLoader
 from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run
@@ -47,27 +47,12 @@ def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) ->
     lines = []
     for name, candidate in (("pre-trained", model), ("random", fresh_model.to(device))):
         (train, train_labels), (test, test_labels) = (
-            extract_features(candidate, open_split(config, split)) for split in ("train", "validation")
+            extract_features(candidate, open_split(config, split), limit=config.eval.samples)
+            for split in ("train", "validation")
         )
         accuracy = knn_accuracy(train, train_labels, test, test_labels, k=(k,))[k]
         lines.append(f"{k}-NN     {100 * accuracy:.1f} % top-1, {name} encoder ({len(test)} held-out images)")
     return lines
-
-
-def open_split(config: Config, split: str) -> EvalLoader:
-    """Open one split for evaluation in this process."""
-    data = config.data
-    return EvalLoader(
-        data.train if split == "train" else data.val,
-        split=split,
-        img_size=config.model.img_size,
-        batch_size=64,
-        workers=data.workers,
-        max_bad_fraction=data.max_bad_fraction,
-        allow_pipe=data.allow_pipe,
-        cache_dir=data.cache_dir or None,
-        cache_gigabytes=data.cache_gigabytes,
-    )
 
 
 def closing_table(metrics: Sequence[Mapping[str, Any]]) -> str:

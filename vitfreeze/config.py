@@ -97,6 +97,9 @@ class ModelConfig:
         False, "recompute active blocks in the backward pass to save memory", may_change=True
     )
     compile: bool = option(False, "torch.compile each block", may_change=True)
+    init_from: str = option(
+        "", "weights to begin with: a run, an export, a LocalMIM or MAE .pth, or timm:NAME", may_change=True
+    )
 
     def resolve(self) -> ModelSize:
         """Return the dimensions: the row of the size table with the overrides applied."""
@@ -218,11 +221,33 @@ class ResumeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The online probe: k-NN on frozen features during pre-training."""
+    """Evaluation on the way: k-NN on held-out images in pre-training, all validation images in fine-tuning."""
 
-    every: Duration = option(Duration(0, "steps"), "how often to probe; 0: never", may_change=True)
-    samples: int = option(2000, "held-out images that the probe looks at", may_change=True)
+    every: Duration = option(Duration(0, "steps"), "how often to evaluate; 0: never", may_change=True)
+    samples: int = option(
+        2000, "held-out images that k-NN classifies, and labelled training images to compare with", may_change=True
+    )
     k: int = option(10, "neighbours", may_change=True)
+    max_share: float = option(
+        0.05, "share of the time that probes may take; above it they are left out", may_change=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What only fine-tuning has; timm's names."""
+
+    num_classes: int = option(1000, "classes of the labels, numbered from 0")
+    global_pool: str = option("avg", "avg: mean of the patches; token: the class token", choices=("avg", "token"))
+    drop_path: float = option(0.1, "probability of skipping a residual branch in the last block, rising from 0")
+    layer_decay: float = option(0.75, "factor on the learning rate from each layer to the one below it")
+    mixup: float = option(0.8, "alpha of mixup; 0: none")
+    cutmix: float = option(1.0, "alpha of cutmix; 0: none")
+    smoothing: float = option(0.1, "label smoothing")
+    aa: str = option("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment policy; '': none")
+    reprob: float = option(0.25, "probability of erasing a random rectangle of an image")
+    clip_grad: float | None = option(None, "largest norm of the gradient; null: as the DeepSpeed JSON says")
+    model_ema_decay: float = option(0.0, "decay per step of an average of the weights; 0: no average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +264,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
     eval: EvalConfig = EvalConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     recipe: str = field(default="defaults", compare=False)
     origins: Origins = field(default_factory=dict, compare=False, repr=False)
 
@@ -356,6 +382,16 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("checkpoint.keep", *_AT_LEAST_1),
     ("eval.samples", *_AT_LEAST_1),
     ("eval.k", *_AT_LEAST_1),
+    ("eval.max_share", 0, 1, "a number in [0, 1]"),
+    ("finetune.num_classes", *_AT_LEAST_1),
+    ("finetune.drop_path", 0, 0.999, "a number in [0, 1)"),
+    ("finetune.layer_decay", 1e-6, 1, "a number in (0, 1]"),
+    ("finetune.mixup", *_NOT_NEGATIVE),
+    ("finetune.cutmix", *_NOT_NEGATIVE),
+    ("finetune.smoothing", 0, 0.999, "a number in [0, 1)"),
+    ("finetune.reprob", 0, 1, "a number in [0, 1]"),
+    ("finetune.clip_grad", *_NOT_NEGATIVE),
+    ("finetune.model_ema_decay", 0, 0.999999, "a number in [0, 1)"),
 )
 
 

@@ -1,0 +1,93 @@
+"""The online probe: k-NN on held-out images while pre-training goes on, in a bounded share of its time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from vitfreeze.assembly import open_split
+from vitfreeze.config import Config
+from vitfreeze.data import Batch
+from vitfreeze.evaluate.features import Features, extract_features
+from vitfreeze.evaluate.knn import knn_over_ranks
+from vitfreeze.model import LocalMIM
+
+logger = logging.getLogger("vitfreeze")
+
+
+class Probe:
+    """k-NN of `eval.samples` validation images among as many training images, with the encoder as it is.
+
+    The images are decoded once and kept: later probes cost two forward passes.
+
+    Args:
+        config: the run's settings.
+        rank, world_size: which share of the images is this process's.
+        mean_over_ranks: averages numbers over the ranks, so that all of them skip a probe together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        mean_over_ranks: Callable[[Sequence[float]], Sequence[float]],
+    ) -> None:
+        self.config = config
+        self._rank, self._world_size = rank, world_size
+        self._mean_over_ranks = mean_over_ranks
+        self._images: dict[str, list[Batch]] = {}
+        self._limit: dict[str, int] = {}
+        self._started = time.perf_counter()
+        self._spent_seconds = self._last_seconds = 0.0
+
+    def measure(self, model: LocalMIM) -> dict[str, float]:
+        """Return the accuracy, from 0 to 1, the seconds this took and the probes' share of the run's time so far.
+
+        All ranks call it. Nothing is returned when this probe would take the share above `eval.max_share`.
+
+        Raises:
+            ConfigError: there are no validation shards.
+            ValueError: images without labels.
+        """
+        if not self._is_affordable():
+            logger.info(
+                "k-NN is left out this time: its %.1f s would take it above eval.max_share=%g of the time",
+                self._last_seconds, self.config.eval.max_share,
+            )  # fmt: skip
+            return {}
+        begin = time.perf_counter()
+        first = not self._images
+        train, test = (self._extract(model, split) for split in ("train", "validation"))
+        k = self.config.eval.k
+        accuracy = knn_over_ranks(train, test, k=(k,), device=model.cls_token.device)[k]
+        seconds = time.perf_counter() - begin
+        self._spent_seconds += seconds
+        self._last_seconds = 0.0 if first else seconds  # the first one decodes, and says little of the next
+        share = self._spent_seconds / (time.perf_counter() - self._started)
+        logger.info(
+            "%d-NN of held-out images: %.1f %% (took %.1f s; probes take %.1f %% of the time)",
+            k, 100 * accuracy, seconds, 100 * share,
+        )  # fmt: skip
+        return {f"knn_{k}": accuracy, "seconds": seconds, "share_of_time": share}
+
+    def _is_affordable(self) -> bool:
+        elapsed = time.perf_counter() - self._started
+        ahead = (self._spent_seconds + self._last_seconds) / max(elapsed + self._last_seconds, 1e-9)
+        # The clocks of the ranks differ; the mean does not.
+        return not self._images or self._mean_over_ranks([ahead])[0] <= self.config.eval.max_share
+
+    def _extract(self, model: LocalMIM, split: str) -> Features:
+        """Return the features of this rank's share of the first `eval.samples` images of a split."""
+        if split not in self._images:
+            loader = open_split(self.config, split, rank=self._rank, world_size=self._world_size)
+            wanted = -(-min(self.config.eval.samples, loader.num_samples) // self._world_size)
+            kept: list[Batch] = []
+            for batch in loader:
+                kept.append(batch)
+                if sum(len(batch.images) for batch in kept) >= wanted:
+                    break
+            self._images[split], self._limit[split] = kept, wanted
+        return extract_features(model, self._images[split], limit=self._limit[split])
