@@ -86,13 +86,13 @@ def join_timeout() -> timedelta:
     return timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
 
-class Assembly:
+class Meeting:
     """All ranks of a run, meeting through the launcher's store.
 
     Every method is collective: all ranks call the same ones in the same order.
 
     Args:
-        purpose: separates the keys of one assembly from those of others of the same launch.
+        purpose: separates the keys of one meeting from those of another of the same launch.
         place: this process.
         timeout: how long to wait for the others.
 

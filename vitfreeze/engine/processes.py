@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from vitfreeze.cluster import Assembly, Place, join_timeout
+from vitfreeze.cluster import Meeting, Place, join_timeout
 
 log = logging.getLogger(__name__)
 TESTED_SERIES = "0.19."
@@ -54,16 +54,16 @@ def join_processes() -> Processes:
             "MASTER_PORT": str(place.master_port),
         }
         os.environ.update(alone)
-    assembly = None  # kept until torch's own store shares the port
+    meeting = None  # kept until torch's own store shares the port
     if place.world_size > 1 and not torch.distributed.is_initialized():
-        assembly = Assembly("join", place=place, timeout=join_timeout())
-        assembly.call_roll()  # torch would wait for a dead node without a word, and not name it in the end
+        meeting = Meeting("join", place=place, timeout=join_timeout())
+        meeting.call_roll()  # torch would wait for a dead node without a word, and not name it in the end
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"] if os.environ["WORLD_SIZE"] == "1" else "0")
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    del assembly
+    del meeting
     return Processes(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
