@@ -17,12 +17,7 @@ from vitfreeze.schedule import RunSchedule, build_schedule
 # The authors' 48 hours on one V100 for 100 epochs of LocalMIM ViT-B, at 31.2 GFLOP an image in their code.
 AUTHORS_TERAFLOPS = 23.2
 DS_CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
-# What a run takes on a GPU with bfloat16 when run.ds_config is empty.
-DEFAULT_DS_CONFIG: dict[str, Any] = {
-    "bf16": {"enabled": True},
-    "data_types": {"grad_accum_dtype": "fp32"},
-    "zero_optimization": {"stage": 1},
-}
+DEFAULT_DS_CONFIG = "zero1_bf16"  # what a run takes on a GPU with bfloat16 when run.ds_config is empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,21 +117,19 @@ def read_machine(config: Config, *, world_size: int) -> Machine:
     """
     if world_size < 1:
         raise ConfigError(f"the number of ranks is {world_size}, but it must be at least 1")
-    name = config.run.ds_config
-    content, source = DEFAULT_DS_CONFIG, "the default on a GPU with bfloat16"
-    if name:
-        path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
-        try:
-            content, source = json.loads(path.read_text()), path.name
-        except (OSError, json.JSONDecodeError) as error:
-            raise config.error("run.ds_config", f"a readable JSON file; {path} is not: {error}") from None
+    name = config.run.ds_config or DEFAULT_DS_CONFIG
+    path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise config.error("run.ds_config", f"a readable JSON file; {path} is not: {error}") from None
     stage = content.get("zero_optimization", {}).get("stage")
     if stage not in (0, 1, 2):
         raise config.error("run.ds_config", f"a file with ZeRO stage 0, 1 or 2, and this one has {stage!r}")
     precision = next((half for half in ("fp16", "bf16") if content.get(half, {}).get("enabled")), "fp32")
     accumulated = content.get("data_types", {}).get("grad_accum_dtype", precision)
     return Machine(
-        world_size=world_size, zero_stage=stage, precision=precision, source=source,
+        world_size=world_size, zero_stage=stage, precision=precision, source=path.name,
         fp32_gradients=precision != "fp32" and accumulated == "fp32",
     )  # fmt: skip
 
