@@ -235,7 +235,7 @@ def test_saving_of_the_default_schedule(model: str, nbins: int, freeze_cls_token
 
 
 def test_plan_of_the_paper() -> None:
-    whole = plan(load_config("paper", ["batch.micro_size=256"]))
+    whole = plan(load_config("paper"))
     assert (whole.total_steps, whole.warmup_steps, whole.steps_per_epoch) == (62_500, 6_250, 625)
     assert [stage.frozen_layers for stage in whole.stages] == list(range(13))
     assert sum(stage.steps for stage in whole.stages) == whole.total_steps
@@ -244,7 +244,7 @@ def test_plan_of_the_paper() -> None:
     start, last = whole.stages[0], whole.stages[-1]
     assert start.trainable_parameters == 89_916_140
     assert start.optimizer_state_bytes == 12 * 89_916_140
-    assert start.gradient_bytes_per_step == 4 * 89_916_140  # summed in float32 by default
+    assert start.gradient_bytes_per_step == 2 * 89_916_140  # bfloat16
     assert last.heads_left == (3,)
     assert whole.peak_memory_bytes == start.memory_bytes > last.memory_bytes
     # Head 0 leaves with layer 2, head 1 with layer 4, head 2 with layer 10.
@@ -254,7 +254,7 @@ def test_plan_of_the_paper() -> None:
 
 
 def test_without_freezing_nothing_is_saved() -> None:
-    for config in (load_config("off", ["batch.micro_size=256"]), configure(freeze__t_0=1)):
+    for config in (load_config("off"), configure(freeze__t_0=1)):
         whole = plan(config)
         assert len(whole.stages) == 1
         assert whole.saving == whole.gpu_hours_saved == 0
@@ -273,6 +273,15 @@ def test_training_the_class_token_costs_over_a_third_of_the_saving() -> None:
         ({"zero_optimization": {"stage": 0}}, 8, 4),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 12, 2),
         ({"zero_optimization": {"stage": 1}}, 12 / 8, 4),
+        (
+            {
+                "zero_optimization": {"stage": 1},
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            12 / 8,
+            4,
+        ),
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, 12 / 8, 4 * 2),  # sums all 4 micro-batches
     ],
 )
@@ -289,7 +298,7 @@ def test_bytes_follow_the_deepspeed_settings(
 def test_communication_and_scaling() -> None:
     whole = plan(configure(), world_size=8, bandwidth_gigabytes=10)
     start = whole.stages[0]
-    sent = (2 * 4 + 2) * start.trainable_parameters * 7 / 8  # ring all-reduce in float32, all-gather in bfloat16
+    sent = (2 * 2 + 2) * start.trainable_parameters * 7 / 8  # ring all-reduce and all-gather in bfloat16
     assert start.communication_bytes_per_step == pytest.approx(sent)
     assert start.communication_ms == pytest.approx(sent / 1e10 * 1e3)
     assert whole.communication_saving is not None
@@ -390,7 +399,7 @@ def test_adaptive_plan_gives_a_bound_and_follows_the_log() -> None:
 
 
 def test_text_and_json_hold_the_plan() -> None:
-    whole, other = plan(load_config("paper", ["batch.micro_size=256"])), plan(load_config("t09"))
+    whole, other = plan(load_config("paper")), plan(load_config("t09"))
     text = format_plan(whole)
     assert "layer 11" in text
     assert "15.2% of the step time" in text
