@@ -90,7 +90,7 @@ class Keeper:
         """Do what is due when `done` steps have been taken; return whether the run shall stop here.
 
         Raises:
-            RunFailedError: a loss was not finite, or too many steps in a row were skipped.
+            RunFailedError: a loss was not finite, too many steps in a row were skipped, or the last save failed.
         """
         self.losses.close_step(was_skipped=self.engine.overflowed)
         last = done == self.total_steps
@@ -147,8 +147,15 @@ class Keeper:
             return
         self.writer.start(done, engine=self.engine, config=self.config, extra=self._extra(done), local=self._local())
         self.saves.note_start(done)
-        if wait:
-            self._log_save(self.writer.finish())
+        if not wait:
+            return
+        report = self.writer.finish()
+        self._log_save(report)
+        if report is not None and report.error:
+            raise RunFailedError(
+                f"the state after step {done} could not be saved ({report.error}); make room and start again: the run "
+                f"goes on from step {self.saves.last_saved}"
+            )
 
     def _log_save(self, report: SaveReport | None) -> None:
         if report is None:
@@ -177,7 +184,7 @@ def report_start(start: Start, reporter: Reporter) -> None:
     """Say where the run begins, and which checkpoints were passed over, in the log and in the events."""
     checkpoint = start.checkpoint
     if checkpoint is None:
-        logger.info(start.reason)
+        reporter.log_event("start", 0, message=start.reason)
         return
     for path, reason in checkpoint.rejected:
         reporter.log_event("checkpoint_rejected", start.step, path=path, reason=reason)
