@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import EvalLoader, TrainLoader
 from vitfreeze.engine import FreezingEngine, Processes
@@ -39,6 +41,24 @@ def build_loader(config: Config, processes: Processes) -> TrainLoader:
         cache_dir=data.cache_dir or None,
         cache_gigabytes=data.cache_gigabytes,
     )
+
+
+def open_training(config: Config, processes: Processes) -> TrainLoader:
+    """Open the training shards on every rank, and make sure that all ranks mean the same run.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        ShardError: the shards cannot be read.
+        ClusterError: either of them on some ranks only, or ranks with other software, settings or shards.
+    """
+    if processes.world_size == 1:
+        return build_loader(config, processes)
+    meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())
+    with meeting.fail_together():
+        loader = build_loader(config, processes)
+        ds_config = json.loads(find_ds_config(config, processes.device).read_text())
+    meeting.check_agreement(run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config))
+    return loader
 
 
 def open_split(

@@ -104,7 +104,10 @@ class Meeting:
         self.place = place
         self.timeout = timeout
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
-        self.store: Store = PrefixStore(f"vitfreeze/{purpose}/{attempt}", _open_store(place, timeout))
+        store = PrefixStore(f"vitfreeze/{purpose}/{attempt}", _open_store(place, timeout))
+        # The next meeting for the same purpose must not find the keys of this one.
+        number = (store.add("entered", 1) - 1) // place.world_size
+        self.store: Store = PrefixStore(str(number), store)
         self._rounds = 0
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.assembly import build_engine, build_loader, build_model
+from vitfreeze.assembly import build_engine, build_model, open_training
 from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config
@@ -46,7 +46,7 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
     """
     processes = join_processes()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
-    loader = build_loader(config, processes)
+    loader = open_training(config, processes)
     with RunFolder(directory, processes=processes):
         start = choose_start(config, directory, fresh=fresh, processes=processes)
         checkpoint, start_step = start.checkpoint, start.step
