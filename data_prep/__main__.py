@@ -133,7 +133,8 @@ def _add_resize_options(parser: argparse.ArgumentParser) -> None:
 
 def run_imagenet(options: argparse.Namespace) -> int:
     """Pack ImageNet."""
-    from data_prep.imagenet import read_imagenet, read_kaggle
+    from data_prep.imagenet import read_imagenet
+    from data_prep.kaggle import read_kaggle
 
     def read() -> ImageSet:
         if options.kaggle is not None:

@@ -18,12 +18,13 @@ class Progress:
     def __init__(self, bar: tqdm) -> None:
         self._bar, self._num_bytes, self._start = bar, 0, time.monotonic()
 
-    def add(self, num_images: int, *, num_bytes: int) -> None:
-        """Count finished images, and the bytes read or written for them."""
+    def add(self, count: int, *, num_bytes: int = 0) -> None:
+        """Count what is finished, and the bytes read or written for it."""
         self._num_bytes += num_bytes
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{self._num_bytes / 1e6 / seconds:.1f} MB/s", refresh=False)
-        self._bar.update(num_images)
+        if self._num_bytes:
+            seconds = max(time.monotonic() - self._start, 1e-9)
+            self._bar.set_postfix_str(f"{self._num_bytes / 1e6 / seconds:.1f} MB/s", refresh=False)
+        self._bar.update(count)
 
     def __enter__(self) -> Progress:
         return self
@@ -34,7 +35,7 @@ class Progress:
         self._bar.close()
 
 
-def show_progress(title: str, *, total: int) -> Progress:
+def show_progress(title: str, *, total: int, unit: str = "img") -> Progress:
     """Start a bar on standard error."""
     interval = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_FILE_SECONDS
-    return Progress(tqdm(total=total, unit="img", desc=title, mininterval=interval, dynamic_ncols=True))
+    return Progress(tqdm(total=total, unit=unit, desc=title, mininterval=interval, dynamic_ncols=True))

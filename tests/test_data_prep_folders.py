@@ -1,0 +1,178 @@
+"""Class-per-folder trees, and the demo set."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.__main__ import main
+from data_prep.drawing import CLASSES, draw_image_set
+
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def jpeg(value: int = 128, size: tuple[int, int] = (12, 10)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def read(shards: Path, split: str) -> dict[str, dict[str, bytes]]:
+    import webdataset
+
+    paths = sorted(str(path) for path in shards.glob(f"*-{split}-*.tar"))
+    return {sample["__key__"]: sample for sample in webdataset.WebDataset(paths, shardshuffle=False)}
+
+
+def pack(tree: Path, out: Path, *options: str) -> Path:
+    assert main(["folder", str(tree), "--out", str(out), "--workers", "1", *options]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def cifar(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first five images of each class and split of CIFAR-10."""
+    root = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(shared_dir / "images" / "cifar10_jpeg.tar.gz") as archive:
+        for info in archive:
+            if info.isfile() and info.name.rsplit("/", 1)[1] < "0005":
+                file = archive.extractfile(info)
+                assert file is not None
+                write(root / info.name, file.read())
+    return root / "cifar10"
+
+
+def test_cifar(cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = pack(cifar, tmp_path / "out", "--samples-per-shard", "16")
+    said = capsys.readouterr().out
+    assert f"train: 50 images of 10 classes in {cifar / 'train'}" in said
+    assert f"validation: 50 images of 10 classes in {cifar / 'test'}" in said
+    for split, folder in (("train", "train"), ("validation", "test")):
+        samples = read(out, split)
+        assert len(samples) == 50
+        for label, name in enumerate(CIFAR_CLASSES):
+            for number in range(5):
+                sample = samples[f"{name}_{number:04d}"]
+                assert int(sample["cls"]) == label
+                assert sample["jpg"] == (cifar / folder / name / f"{number:04d}.jpg").read_bytes()
+    assert sorted(path.name for path in out.glob("*.tar"))[0] == "cifar10-train-0000.tar"
+
+
+def test_odd_names_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tmp_path / "photos"
+    write(tree / "cat" / "a.b.jpg", jpeg(1))
+    write(tree / "cat" / "a_b.jpg", jpeg(2))
+    write(tree / "cat" / "deep" / "er" / "ä ö.JPG", jpeg(3))
+    write(tree / "cat" / ("long" * 50 + ".jpg"), jpeg(4))
+    write(tree / "cat" / "cat_7.jpeg", jpeg(5))
+    write(tree / "dog" / "x.jpg", jpeg(6))
+    write(tree / "dog" / "x.png", jpeg(7))
+    write(tree / "dog" / "half.jpg", jpeg(size=(200, 200))[:-400])
+    write(tree / "dog" / "empty.jpg", b"")
+    write(tree / "dog" / "._x.jpg", b"what macOS leaves behind")
+    write(tree / "dog" / "notes.txt", b"text")
+    (tree / "dog" / "round").symlink_to(tree / "dog")
+    out = pack(tree, tmp_path / "out")
+    said = capsys.readouterr().out
+    samples = read(out, "train")
+    assert len(samples) == 7
+    assert {"cat_a_b", "cat_a_b-2", "cat_7", "dog_x", "dog_x-2"} < samples.keys()
+    assert all("." not in key and len(key) <= 80 for key in samples)
+    by_file = {json.loads(sample["json"])["filename"]: sample for sample in samples.values()}
+    assert by_file["cat/deep/er/ä ö.JPG"]["jpg"] == jpeg(3)
+    assert by_file["dog/x.png"]["jpg"] == jpeg(7)
+    assert {name: int(sample["cls"]) for name, sample in by_file.items() if name.startswith("dog")} == {
+        "dog/x.jpg": 1,
+        "dog/x.png": 1,
+    }
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert {line["filename"] for line in skipped} == {"dog/half.jpg", "dog/empty.jpg"}
+    assert all(line["reason"] and line["split"] == "train" for line in skipped)
+    assert "2 images were left out" in said
+    assert "1 other files" in said
+    assert "1 images are of another format" in said
+    assert json.loads((out / "_info.json").read_text())["splits"]["train"]["num_samples"] == 7
+    assert main(["verify", str(out), "--workers", "1"]) == 0
+
+
+def test_layouts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "flat" / "1.jpg", jpeg())
+    write(tmp_path / "unknown" / "train" / "cat" / "1.jpg", jpeg())
+    write(tmp_path / "unknown" / "val" / "dog" / "1.jpg", jpeg())
+    write(tmp_path / "hollow" / "cat" / "notes.txt", b"text")
+    for tree, words in (
+        ("flat", "no class folders"),
+        ("unknown", "the class dog"),
+        ("hollow", "no image in the train split"),
+        ("missing", "No such file"),
+    ):
+        assert main(["folder", str(tmp_path / tree), "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_is_the_same_every_time_and_balanced(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert main(["demo", "--samples", "120", "--samples-per-shard", "32", "--out", str(tmp_path / name)]) == 0
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert "demo-train-0002.tar" in names
+    assert all((tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes() for name in names)
+    manifest = json.loads((tmp_path / "first" / "manifest.json").read_text())
+    assert manifest["settings"]["classes"] == sorted(CLASSES)
+    train, validation = read(tmp_path / "first", "train"), read(tmp_path / "first", "validation")
+    assert (len(train), len(validation)) == (96, 24)
+    for samples, each in ((train, 8), (validation, 2)):
+        labels = [int(sample["cls"]) for sample in samples.values()]
+        assert np.bincount(labels).tolist() == [each] * len(CLASSES)
+        assert {Image.open(io.BytesIO(sample["jpg"])).size for sample in samples.values()} == {(64, 64)}
+    assert not {sample["jpg"] for sample in train.values()} & {sample["jpg"] for sample in validation.values()}
+
+
+def edge_features(images: np.ndarray) -> np.ndarray:
+    """Where edges of each direction lie, coarsely, and how many there are: a stand-in for learnt features."""
+    grey = images.mean(axis=-1)
+    along_x, along_y = np.gradient(grey, axis=2), np.gradient(grey, axis=1)
+    strength = np.hypot(along_x, along_y)
+    sector = (np.arctan2(along_y, along_x) % np.pi / np.pi * 9).astype(int) % 9
+    features = [
+        np.histogram(sector[i], bins=9, range=(0, 9), weights=strength[i])[0] / strength[i].sum()
+        for i in range(len(images))
+    ]
+    contrast = np.stack([np.quantile(strength, q, axis=(1, 2)) / strength.max(axis=(1, 2)) for q in (0.7, 0.8, 0.9)], 1)
+    return np.concatenate([np.array(features), contrast], axis=1)
+
+
+def nearest_neighbour_accuracy(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> float:
+    scale = train.std(axis=0) + 1e-9
+    distance = ((test[:, None] / scale - train[None] / scale) ** 2).sum(axis=-1)
+    return float((labels[distance.argmin(axis=1)] == truth).mean())
+
+
+def test_demo_classes_show_in_edges_and_not_in_pixels() -> None:
+    """The demo is there to show that pre-training on gradients helps, so raw pixels must not give the class away."""
+    images = draw_image_set(600, seed=0, image_size=64)
+    pixels, labels = {}, {}
+    for split, catalogue in images.splits.items():
+        records = catalogue.records(range(len(catalogue)))
+        decoded = [np.asarray(Image.open(io.BytesIO(record.source.read()))) for record in records]
+        pixels[split] = np.stack(decoded).astype(np.float64) / 255
+        labels[split] = np.array([record.label for record in records])
+    truth = labels["validation"]
+    small = {split: values[:, ::4, ::4].reshape(len(values), -1) for split, values in pixels.items()}
+    edges = {split: edge_features(values) for split, values in pixels.items()}
+    by_pixels = nearest_neighbour_accuracy(small["train"], small["validation"], labels["train"], truth)
+    by_edges = nearest_neighbour_accuracy(edges["train"], edges["validation"], labels["train"], truth)
+    assert by_pixels < 0.25
+    assert by_edges > 2 * by_pixels
+    assert by_edges > 0.4
