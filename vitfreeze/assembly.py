@@ -11,14 +11,22 @@ import torch
 from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import EvalLoader, TrainLoader
+from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine, Processes
 from vitfreeze.model import LocalMIM
 
 DS_CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
-def build_loader(config: Config, processes: Processes) -> TrainLoader:
-    """Open the training shards."""
+def build_loader(
+    config: Config, processes: Processes, *, transform: Transform | None = None, num_classes: int | None = None
+) -> TrainLoader:
+    """Open the training shards.
+
+    Args:
+        transform: makes the images instead of the random crop of the settings.
+        num_classes: labels must exist and be smaller; None: labels are not looked at, and masks are drawn.
+    """
     if not config.data.train:
         raise config.error("data.train", "a folder of shards, a brace pattern or URLs; make shards with data_prep")
     micro_batch, _ = derive_accumulation(config, world_size=processes.world_size)
@@ -36,6 +44,8 @@ def build_loader(config: Config, processes: Processes) -> TrainLoader:
         prefetch=data.prefetch,
         crops_per_image=data.crops_per_image,
         crop_scale=(data.crop_scale[0], data.crop_scale[1]),
+        transform=transform,
+        num_classes=num_classes,
         max_bad_fraction=data.max_bad_fraction,
         allow_pipe=data.allow_pipe,
         cache_dir=data.cache_dir or None,
@@ -43,7 +53,9 @@ def build_loader(config: Config, processes: Processes) -> TrainLoader:
     )
 
 
-def open_training(config: Config, processes: Processes) -> TrainLoader:
+def open_training(
+    config: Config, processes: Processes, *, transform: Transform | None = None, num_classes: int | None = None
+) -> TrainLoader:
     """Open the training shards on every rank, and make sure that all ranks mean the same run.
 
     Raises:
@@ -52,10 +64,10 @@ def open_training(config: Config, processes: Processes) -> TrainLoader:
         ClusterError: either of them on some ranks only, or ranks with other software, settings or shards.
     """
     if processes.world_size == 1:
-        return build_loader(config, processes)
+        return build_loader(config, processes, transform=transform, num_classes=num_classes)
     meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())
     with meeting.fail_together():
-        loader = build_loader(config, processes)
+        loader = build_loader(config, processes, transform=transform, num_classes=num_classes)
         ds_config = json.loads(find_ds_config(config, processes.device).read_text())
     meeting.check_agreement(run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config))
     return loader
@@ -110,11 +122,13 @@ def build_model(config: Config) -> LocalMIM:
     return model
 
 
-def build_engine(config: Config, processes: Processes, *, frozen_layers: int) -> FreezingEngine:
-    """Wrap a new model in the DeepSpeed engine, with the first `frozen_layers` layers frozen already."""
+def build_engine(
+    config: Config, processes: Processes, *, frozen_layers: int, model: LocalMIM | None = None
+) -> FreezingEngine:
+    """Wrap a model, by default a new one, in the DeepSpeed engine, with the first `frozen_layers` layers frozen."""
     micro_batch, accumulation = derive_accumulation(config, world_size=processes.world_size)
     return FreezingEngine(
-        build_model(config),
+        model or build_model(config),
         ds_config=find_ds_config(config, processes.device),
         micro_batch=micro_batch,
         accumulation=accumulation,

@@ -1,4 +1,4 @@
-"""Pre-training: everything that happens at a step, in the order in which it happens.
+"""Training: everything that happens at a step, in the order in which it happens, whatever the task.
 
 A run is a function of its step. Sample order, crops, masks, learning rates and the set of frozen layers are computed
 from (config, step); only weights and optimizer state are loaded on resume.
@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.assembly import build_engine, build_model, open_training
+from vitfreeze.assembly import build_engine, open_training
 from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
-from vitfreeze.closing import close_run
-from vitfreeze.config import Config
-from vitfreeze.data import Batch, TrainLoader, normalize
+from vitfreeze.config import Config, Duration
+from vitfreeze.data import Batch, TrainLoader
 from vitfreeze.engine import FreezingEngine, join_processes
 from vitfreeze.report import Meter, Reporter, format_bytes
-from vitfreeze.schedule import RunSchedule, build_schedule
+from vitfreeze.schedule import RunSchedule
 from vitfreeze.survival import EXIT_FAILED, EXIT_STOPPED, Keeper, RunFailedError, report_start, schedule_state
+from vitfreeze.tasks import Pretraining, Task
 
 logger = logging.getLogger("vitfreeze")
 
@@ -29,6 +28,7 @@ logger = logging.getLogger("vitfreeze")
 class Run:
     """The parts that the loop works with."""
 
+    task: Task
     config: Config
     directory: Path
     loader: TrainLoader
@@ -44,23 +44,29 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
     Raises:
         ConfigError: a setting cannot be used, or the run folder holds another run.
     """
-    processes = join_processes()
+    return run_task(Pretraining(config), fresh=fresh)
+
+
+def run_task(task: Task, *, fresh: bool) -> int:
+    """Train from the newest checkpoint if there is one; return the exit status. Errors as `pretrain`."""
+    config, processes = task.config, join_processes()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
-    loader = open_training(config, processes)
+    loader = open_training(config, processes, transform=task.transform, num_classes=task.num_classes)
     with RunFolder(directory, processes=processes):
         start = choose_start(config, directory, fresh=fresh, processes=processes)
         checkpoint, start_step = start.checkpoint, start.step
-        schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=start.events)
+        schedule = task.build_schedule(steps_per_epoch=loader.steps_per_epoch, events=start.events)
         frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.frozen_layers(0)
-        engine = build_engine(config, processes, frozen_layers=frozen_layers)
+        model = task.build_model(is_new=checkpoint is None)
+        engine = build_engine(config, processes, frozen_layers=frozen_layers, model=model)
         meter = Meter()
         if checkpoint:
             meter.load_state(load_checkpoint(checkpoint, engine))
         reporter = Reporter(directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps)
         report_start(start, reporter)
         run = Run(
-            config=config, directory=directory, loader=loader, schedule=schedule, engine=engine, reporter=reporter,
-            meter=meter,
+            task=task, config=config, directory=directory, loader=loader, schedule=schedule, engine=engine,
+            reporter=reporter, meter=meter,
         )  # fmt: skip
         try:
             finished = train(run, start_step=start_step, resumed_from=start.resumed_from)
@@ -72,7 +78,7 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
         if not finished:
             return EXIT_STOPPED
         if processes.rank == 0:
-            close_run(config, directory, model=engine.module, fresh_model=build_model(config))
+            task.close(directory, engine)
     return 0
 
 
@@ -86,7 +92,8 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
     keeper = Keeper(
         run.directory, config=config, engine=engine, reporter=run.reporter, saves=saves, total_steps=total_steps,
         extra=lambda done: {
-            "position": loader.position(done), RESUMED_FROM: resumed_from, **schedule_state(schedule, done)
+            "position": loader.position(done), "total_steps": total_steps, RESUMED_FROM: resumed_from,
+            **schedule_state(schedule, done),
         },
         local=run.meter.state,
     )  # fmt: skip
@@ -101,8 +108,11 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
             done = step + 1
             last = done == total_steps
             freezes_next = not last and schedule.frozen_layers(done) != schedule.frozen_layers(step)
-            if done % config.run.log_every_steps == 0 or freezes_next or last:
-                log_metrics(run, step)
+            evaluates, shows = is_due(run, config.eval.every, done), is_due(run, config.run.show_every, done)
+            if done % config.run.log_every_steps == 0 or freezes_next or evaluates or shows or last:
+                log_metrics(run, step, evaluate=evaluates)
+            if shows:
+                log_picture(run, step)
             if keeper.end_step(done):  # saves when it is due
                 return False
     return True
@@ -124,35 +134,30 @@ def freeze_layers(run: Run, step: int) -> None:
 
 def take_step(run: Run, step: int, batches: Iterator[Batch], keeper: Keeper) -> None:
     """Take one optimizer step: forward and backward of every micro-batch, then the update."""
-    engine, schedule = run.engine, run.schedule
-    heads = schedule.active_heads(step)
-    wait_seconds = 0.0
+    engine, wait_seconds = run.engine, 0.0
     for _ in range(engine.accumulation):
         batch = next(batches)
-        images = normalize(batch.images.to(engine.device, non_blocking=True))
-        output = engine(
-            images,
-            noise=batch.noise.to(engine.device, non_blocking=True),
-            frozen_layers=schedule.frozen_layers(step),
-            scale_weights=schedule.scale_weights(step),
-        )
-        engine.backward(output.loss)
+        loss, parts = run.task.forward(engine, batch, schedule=run.schedule, step=step)
+        engine.backward(loss)
         engine.step()
-        parts = {f"{HEAD_SCALES[head]:g}": loss for head, loss in zip(heads, output.losses, strict=True)}
-        losses = {"loss": output.loss, **parts}
+        losses = {"loss": loss, **parts}
         run.meter.add_losses(losses)
         keeper.losses.add(step, keys=batch.keys, losses=losses)
         wait_seconds += batch.wait_seconds
+    run.task.end_step(engine)
     run.meter.add_step(images=run.config.batch.global_size, wait_seconds=wait_seconds)
 
 
-def log_metrics(run: Run, step: int) -> None:
-    """Write what the last steps measured; every rank takes part, rank 0 writes."""
+def log_metrics(run: Run, step: int, *, evaluate: bool) -> None:
+    """Write what the last steps measured, and what the model is worth; every rank takes part, rank 0 writes."""
     engine = run.engine
+    figures = run.meter.read(engine.mean_over_ranks)
+    if evaluate:
+        figures["eval"] = run.task.evaluate(engine)
     run.reporter.log_metrics(
         step + 1,
         epoch=(step + 1) / run.loader.steps_per_epoch,
-        **run.meter.read(engine.mean_over_ranks),
+        **figures,
         lr=run.schedule.learning_rates(step),
         frozen_layers=run.schedule.frozen_layers(step),
         optimizer_state_bytes=engine.optimizer_state_bytes(),
@@ -160,3 +165,19 @@ def log_metrics(run: Run, step: int) -> None:
         loss_scale=engine.loss_scale,
         skipped_steps=engine.skipped_steps,
     )
+    run.meter.restart()
+
+
+def log_picture(run: Run, step: int) -> None:
+    """Write a picture of what the model does to TensorBoard."""
+    picture = run.task.draw(run.engine)
+    if picture is not None:
+        run.reporter.log_image(run.task.picture, step + 1, picture)
+    run.meter.restart()
+
+
+def is_due(run: Run, every: Duration, done: int) -> bool:
+    """Tell whether something is due that is done `every` so often, and at the end; 0 is never."""
+    total_steps = run.schedule.total_steps
+    steps = every.to_steps(steps_per_epoch=run.loader.steps_per_epoch, total_steps=total_steps)
+    return every.value > 0 and (done % max(steps, 1) == 0 or done == total_steps)
