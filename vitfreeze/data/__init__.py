@@ -2,6 +2,7 @@
 
 from vitfreeze.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop
 from vitfreeze.data.errors import BadSampleError, ShardError
+from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.loading import (
     Batch,
     EvalLoader,
@@ -17,10 +18,12 @@ __all__ = [
     "IMAGENET_STD",
     "BadSampleError",
     "Batch",
+    "BatchMixing",
     "CenterCrop",
     "EpochOrder",
     "EpochReport",
     "EvalLoader",
+    "FinetuneTransform",
     "RandomCrop",
     "ShardError",
     "SkippedSample",

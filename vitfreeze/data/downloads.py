@@ -48,7 +48,7 @@ class DownloadCache:
 
     A file is fetched under a lock of its own into a temporary name and renamed when whole, so any number of processes
     may ask for it at once and one fetches it. When the folder outgrows its bound, the files that were opened longest
-    ago go; a process that still has one open keeps reading it.
+    ago go. A process that still has one open keeps reading it, so for a while the disk may hold a few more.
 
     Args:
         folder: where the files are kept.

@@ -302,6 +302,7 @@ class _Loader:
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_return_as_is,
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # seeds the workers; without one, torch draws from the caller's
         )
         answers = iter(loader)
         try:
@@ -424,7 +425,7 @@ class TrainLoader(_Loader):
             allow_pipe=allow_pipe,
             cache_dir=cache_dir,
             cache_gigabytes=cache_gigabytes,
-            open_shards=2 * window_shards + 8,
+            open_shards=window_shards + 4,
         )
         order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
         self.steps_per_epoch = self.num_samples * crops_per_image // global_batch

@@ -1,0 +1,217 @@
+"""Fine-tuning's augmentation: timm's, made repeatable.
+
+timm draws from the global generators of Python, numpy and torch. They are seeded from the sample, or from the step, for
+the time of one call and then put back, so that a fine-tuning run is as repeatable as pre-training.
+"""
+
+from __future__ import annotations
+
+import random as python_random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup
+from timm.data.auto_augment import (
+    RandAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import RandomHorizontalFlip
+
+from vitfreeze.data.augmentation import IMAGENET_MEAN
+from vitfreeze.data.loading import normalize
+from vitfreeze.data.order import SampleRandom
+
+
+@contextmanager
+def _seeded(seed: Sequence[int], *, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Seed the global generators for a while."""
+    words = np.random.SeedSequence(seed).generate_state(3)
+    python_state, numpy_state = python_random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device.index or 0 for device in devices]):
+        try:
+            python_random.seed(int(words[0]))
+            np.random.seed(int(words[1]))
+            torch.default_generator.manual_seed(int(words[2]))
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(int(words[2]))
+            yield
+        finally:
+            python_random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+class _Posterizing:
+    """An operation of RandAugment that may keep no bit at all of a colour, which Pillow 13 refuses: black."""
+
+    def __init__(self, operation: Callable[[Image.Image], Image.Image]) -> None:
+        self.operation = operation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        try:
+            return self.operation(image)
+        except ValueError:
+            return Image.new(image.mode, image.size)
+
+
+def _make_policy(auto_augment: str, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    """Return a policy with the constants that timm's own training gives it."""
+    constants = {
+        "translate_const": int(img_size * 0.45),
+        "img_mean": tuple(round(255 * mean) for mean in IMAGENET_MEAN),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        if auto_augment.startswith("augmix"):
+            return augment_and_mix_transform(auto_augment, constants | {"translate_pct": 0.3})
+        if not auto_augment.startswith("rand-"):
+            return auto_augment_transform(auto_augment, constants)
+        policy = rand_augment_transform(auto_augment, constants)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"auto_augment {auto_augment!r} is no policy that timm knows") from error
+    operations = [_Posterizing(op) if op.name.startswith("Posterize") else op for op in policy.ops]
+    return RandAugment(operations, policy.num_layers, policy.choice_weights)
+
+
+class FinetuneTransform:
+    """Random crop, mirror and RandAugment of one image, by timm; for `TrainLoader(transform=...)`.
+
+    Args:
+        img_size: side of the result in pixels.
+        scale: least and greatest share of the image's area.
+        ratio: least and greatest width / height.
+        hflip: probability of mirroring.
+        auto_augment: timm's policy string; '' for none.
+
+    Raises:
+        ValueError: timm does not know the policy.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        auto_augment: str = "rand-m9-mstd0.5-inc1",
+    ) -> None:
+        self._img_size = img_size
+        self._transforms: list[Callable[[Image.Image], Image.Image]] = [
+            RandomResizedCropAndInterpolation(img_size, scale=scale, ratio=ratio, interpolation="bicubic"),
+            RandomHorizontalFlip(hflip),
+        ]
+        if auto_augment:
+            self._transforms.append(_make_policy(auto_augment, img_size))
+
+    @property
+    def img_size(self) -> int:
+        """Side of the image in pixels."""
+        return self._img_size
+
+    def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
+        """Write the augmented image into `out`, (3, H, W) uint8."""
+        image = Image.fromarray(pixels)
+        with _seeded([random.integer()]):
+            for transform in self._transforms:
+                image = transform(image)
+        out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+class BatchMixing:
+    """Normalising, random erasing, mixup, cutmix and label smoothing of one batch on its device, by timm.
+
+    Args:
+        num_classes: length of the target vectors.
+        mixup: mixup's alpha; 0 for none (Zhang et al. 2018).
+        cutmix: cutmix's alpha; 0 for none (Yun et al. 2019).
+        mixup_prob: probability of mixing a batch at all.
+        mixup_switch_prob: probability of cutmix where both are on.
+        smoothing: label smoothing.
+        reprob: probability of erasing a rectangle of an image; 0 for none (Zhong et al. 2020).
+        remode: what fills it: 'const', 'rand' or 'pixel'.
+        recount: rectangles per image.
+        seed: decides, with step and rank, every draw.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        smoothing: float = 0.1,
+        reprob: float = 0.25,
+        remode: str = "pixel",
+        recount: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; there must be at least 1")
+        self.num_classes = num_classes
+        self.smoothing = smoothing
+        self.reprob = reprob
+        self.remode = remode
+        self.recount = recount
+        self.seed = seed
+        self._mixup = None
+        if mixup or cutmix:
+            self._mixup = Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=mixup_prob,
+                switch_prob=mixup_switch_prob,
+                label_smoothing=smoothing,
+                num_classes=num_classes,
+            )
+
+    def apply(
+        self, images: Tensor, labels: Tensor, *, step: int, rank: int = 0, number: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Augment one micro-batch.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            labels: (B,) int64 class indices.
+            step: optimizer step.
+            rank: number of this process.
+            number: number of the micro-batch within the step.
+
+        Returns:
+            (B, 3, H, W) float32 normalised images, and (B, num_classes) float32 targets whose rows sum to 1.
+
+        Raises:
+            ValueError: a label is no class, or mixing an odd number of images (timm pairs them).
+        """
+        if self._mixup is not None and len(images) % 2:
+            raise ValueError(f"mixup and cutmix pair the images of a micro-batch; {len(images)} is odd")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(
+                f"labels reach from {int(labels.min())} to {int(labels.max())}, not 0..{self.num_classes - 1}"
+            )
+        floats = normalize(images)
+        devices = [images.device] if images.device.type == "cuda" else []
+        with _seeded([self.seed, step, rank, number], devices=devices):
+            if self.reprob:
+                erase = RandomErasing(
+                    probability=self.reprob,
+                    mode=self.remode,
+                    max_count=self.recount,
+                    num_splits=0,
+                    device=str(images.device),
+                )
+                floats = erase(floats)
+            if self._mixup is not None:
+                return self._mixup(floats, labels)
+        return floats, mixup_target(labels, self.num_classes, lam=1.0, smoothing=self.smoothing)
