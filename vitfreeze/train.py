@@ -152,8 +152,8 @@ def log_metrics(run: Run, step: int, *, evaluate: bool) -> None:
     """Write what the last steps measured, and what the model is worth; every rank takes part, rank 0 writes."""
     engine = run.engine
     figures = run.meter.read(engine.mean_over_ranks)
-    if evaluate:
-        figures["eval"] = run.task.evaluate(engine)
+    if evaluate and (worth := run.task.evaluate(engine)):
+        figures["eval"] = worth
     run.reporter.log_metrics(
         step + 1,
         epoch=(step + 1) / run.loader.steps_per_epoch,

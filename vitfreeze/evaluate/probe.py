@@ -53,9 +53,11 @@ class Probe:
             ValueError: images without labels.
         """
         if not self._is_affordable():
+            share = self._spent_seconds / (time.perf_counter() - self._started)
             logger.info(
-                "k-NN is left out this time: its %.1f s would take it above eval.max_share=%g of the time",
-                self._last_seconds, self.config.eval.max_share,
+                "k-NN is left out this time: probes have taken %.1f %% of the time, and another one would exceed "
+                "eval.max_share=%g",
+                100 * share, self.config.eval.max_share,
             )  # fmt: skip
             return {}
         begin = time.perf_counter()
