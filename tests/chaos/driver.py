@@ -87,7 +87,7 @@ class Chaos:
             self._expect(this, self.start(this).wait(), (DONE,))
             self._compare(this)
         except (AssertionError, TimeoutError, FileNotFoundError) as error:
-            this.problem = f"{type(error).__name__}: {error}"
+            this.problem = f"{type(error).__name__}: {error}"[-1500:]
         this.steps_lost = self._count_lost_steps(this)
         return this
 

@@ -60,7 +60,7 @@ class Checkpoint:
         frozen_layers: length of the frozen prefix that the optimizer's state belongs to.
         extra: what the training loop asked to keep.
         manifest: everything that the manifest says.
-        rejected: newer checkpoints of the folder that were passed over: (path, reason).
+        rejected: damaged checkpoints of the folder that were passed over: (path, reason).
     """
 
     path: Path
@@ -90,8 +90,8 @@ def checkpoint_name(step: int, *, parent: Path) -> str:
 def find_checkpoint(place: str | Path) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run folder, or the checkpoint that `place` itself is.
 
-    In a run folder, damaged checkpoints are passed over with a warning for the newest whole one before them, and None
-    means that nothing was saved yet. Every byte is read once, so let one rank do it.
+    In a run folder, damaged checkpoints are passed over with a warning for the newest whole one, and None means that
+    nothing was saved yet. Every byte is read once, so let one rank do it.
 
     Raises:
         CheckpointError: `place` is a damaged checkpoint, or a run folder in which every checkpoint is damaged.
@@ -100,38 +100,39 @@ def find_checkpoint(place: str | Path) -> Checkpoint | None:
     if (place / MANIFEST).is_file() or _NAME.fullmatch(place.name):
         return open_checkpoint(place)
     parent = place / FOLDER_NAME
-    rejected: list[tuple[str, str]] = []
-    for path in list_checkpoints(parent):
+    readable, rejected = sort_checkpoints(parent)
+    for path in readable:
         try:
             found = open_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("checkpoint passed over: %s", error)
             rejected.append((str(path), str(error)))
             continue
+        for _, reason in rejected:
+            logger.warning("checkpoint passed over: %s", reason)
         return replace(found, rejected=tuple(rejected))
     if rejected:
         raise CheckpointError(f"every checkpoint in {parent} is damaged: {'; '.join(why for _, why in rejected)}")
     return None
 
 
-def list_checkpoints(parent: Path) -> list[Path]:
-    """Return the checkpoint folders in `parent`, the newest first.
+def sort_checkpoints(parent: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Return the checkpoint folders in `parent`, what was written last first, and those without a usable manifest.
 
-    Newest is what was written last, which the manifests say. The one that the pointer names counts as written last
-    among those whose manifest cannot be read.
+    The pointer is not asked: right after a checkpoint got its name, and if somebody removes the pointer, the
+    manifests know better.
+
+    Returns:
+        The folders, and (path, reason) of each folder that cannot be put in order.
     """
-    if not parent.is_dir():
-        return []
-    pointed = read_pointer(parent)
-
-    def age(path: Path) -> tuple[int, bool, str]:
-        try:
-            serial = int(read_manifest(path)["serial"])
-        except CheckpointError:
-            serial = -1
-        return serial, path.name == pointed, path.name
-
-    return sorted((path for path in parent.iterdir() if _NAME.fullmatch(path.name)), key=age, reverse=True)
+    serials: dict[Path, int] = {}
+    rejected = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if _NAME.fullmatch(path.name):
+            try:
+                serials[path] = int(read_manifest(path)["serial"])
+            except CheckpointError as error:
+                rejected.append((str(path), str(error)))
+    return sorted(serials, key=lambda path: serials[path], reverse=True), rejected
 
 
 def set_aside(path: Path) -> None:
@@ -139,15 +140,6 @@ def set_aside(path: Path) -> None:
     aside = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-
-
-def read_pointer(parent: Path) -> str | None:
-    """Return the name in the pointer file; None when there is no usable one."""
-    try:
-        name = (parent / POINTER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if _NAME.fullmatch(name) else None
 
 
 def write_pointer(parent: Path, name: str) -> None:

@@ -243,9 +243,10 @@ class CheckpointWriter:
                 if start < stop:
                     slices[group].append([_rank_file(rank), start, stop])
             (parts / _note_name(rank)).unlink()
-        serials = [folder.read_manifest(path)["serial"] for path in _readable(self.parent)]
+        newest, _ = folder.sort_checkpoints(self.parent)
+        serial = folder.read_manifest(newest[0])["serial"] + 1 if newest else 1
         groups = {name: {**group, "slices": slices[name]} for name, group in snapshot.content["groups"].items()}
-        content = {**snapshot.content, "groups": groups, "files": files, "serial": max(serials, default=0) + 1}
+        content = {**snapshot.content, "groups": groups, "files": files, "serial": serial}
         folder.write_manifest(parts, content)
         folder.sync_folder(parts)
         path = self.parent / folder.checkpoint_name(snapshot.step, parent=self.parent)
@@ -256,8 +257,8 @@ class CheckpointWriter:
 
     def _delete_old(self) -> None:
         """Remove all but the newest checkpoints. One that is half removed never has the name of a whole one."""
-        damaged = self.parent.glob(f"{folder.DAMAGED_PREFIX}*")
-        for path in (*folder.list_checkpoints(self.parent)[self.keep :], *damaged):
+        readable, _ = folder.sort_checkpoints(self.parent)
+        for path in (*readable[self.keep :], *self.parent.glob(f"{folder.DAMAGED_PREFIX}*")):
             try:
                 shutil.rmtree(path.rename(self.parent / f"{folder.DELETING_PREFIX}{path.name}"))
             except OSError as error:
@@ -348,18 +349,6 @@ def _rank_file(rank: int) -> str:
 
 def _note_name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
-
-
-def _readable(parent: Path) -> list[Path]:
-    """Return the checkpoints whose manifest can be read."""
-    found = []
-    for path in folder.list_checkpoints(parent):
-        try:
-            folder.read_manifest(path)
-        except folder.CheckpointError:
-            continue
-        found.append(path)
-    return found
 
 
 def _clear_remains(parent: Path) -> None:

@@ -146,7 +146,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
 
 
 def _holds_run(directory: Path) -> bool:
-    return (directory / folder.CONFIG).is_file() or bool(folder.list_checkpoints(directory / folder.FOLDER_NAME))
+    return (directory / folder.CONFIG).is_file() or any(folder.sort_checkpoints(directory / folder.FOLDER_NAME))
 
 
 def _refuse_foreign_folder(directory: Path, config: Config) -> None:
