@@ -164,7 +164,7 @@ def _draw_losses(total: Axes, scales: Axes, metrics: Sequence[Mapping[str, Any]]
             steps, losses = [line["step"] for line in lines], [line["losses"][scale] for line in lines]
             scales.plot(steps, losses, color=color, linestyle=dashes, linewidth=1.4, label=f"{scale} x the patch grid")
     scales.set_ylabel("loss of each scale")
-    scales.legend(loc="upper right", frameon=False, fontsize="small")
+    scales.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize="small")
     scales.grid(axis="y", color=SHADE)
 
 
@@ -179,7 +179,7 @@ def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, dept
     lines = [line for line in metrics if last_head in line["lr"]]
     rates = [line["lr"][last_head] for line in lines]
     axis.plot([line["step"] for line in lines], rates, color=INK, linestyle="--", linewidth=1.2, label="heads")
-    axis.legend(loc="upper right", frameon=False, fontsize="small")
+    axis.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize="small")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")
     _add_layer_bar(axis, depth)
@@ -210,15 +210,22 @@ def _draw_comparison(costs: Axes, savings: Axes, comparison: Comparison) -> None
     planned = [stage.predicted_cost for stage in comparison.stages]
     measured = [stage.measured_cost for stage in comparison.stages]
     costs.plot(frozen, planned, color=INK, marker="o", fillstyle="none", linestyle="--", label="planned")
-    costs.plot(frozen, measured, color=ACCENT, marker="s", linestyle="-", label="measured")
+    ranges = [
+        [stage.measured_cost - stage.measured_range[0] for stage in comparison.stages],
+        [stage.measured_range[1] - stage.measured_cost for stage in comparison.stages],
+    ]
+    costs.errorbar(
+        frozen, measured, yerr=ranges, color=ACCENT, marker="s", linewidth=1.4, elinewidth=0.8, capsize=3,
+        label="measured (median and quartiles)",
+    )  # fmt: skip
     costs.set_xticks(frozen)
     costs.set_ylim(bottom=0)
     costs.set_xlabel("frozen layers")
     costs.set_ylabel("cost of a step (start = 1)")
-    costs.legend(loc="lower left", frameon=False, fontsize="small")
+    costs.legend(loc="lower left", edgecolor="none", framealpha=0.9, fontsize="small")
     costs.grid(axis="y", color=SHADE)
     shares = [100 * comparison.predicted_saving, 100 * comparison.measured_saving]
-    bars = savings.barh(["planned", "measured"], shares, color=["white", ACCENT], edgecolor=[INK, ACCENT])
+    bars = savings.barh(["planned", "measured"], shares, height=0.5, color=["white", ACCENT], edgecolor=[INK, ACCENT])
     savings.bar_label(bars, labels=[f"{share:.1f} %" for share in shares], padding=4)
     savings.invert_yaxis()
     savings.margins(x=0.2)

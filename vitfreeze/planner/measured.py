@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from vitfreeze.config import ConfigError
@@ -74,6 +74,7 @@ class StageComparison:
     images_per_second: float  # median
     predicted_cost: float
     measured_cost: float
+    measured_range: tuple[float, float]  # measured_cost between the quartiles of the logged speeds
     data_wait_fraction: float  # mean
     predicted_state_bytes: int
     measured_state_bytes: int
@@ -128,13 +129,16 @@ def compare_with_measurement(
 
 def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: int, start: float) -> StageComparison:
     settled = _settled(lines)
-    speed = median([line["images_per_second"] for line in settled])
+    speeds = [line["images_per_second"] for line in settled]
+    speed = median(speeds)
+    slow, _, fast = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else (speed, speed, speed)
     return StageComparison(
         frozen_layers=stage.frozen_layers,
         steps=steps,
         images_per_second=speed,
         predicted_cost=stage.relative_cost,
         measured_cost=start / speed,
+        measured_range=(start / fast, start / slow),
         data_wait_fraction=sum(line["data_wait_fraction"] for line in settled) / len(settled),
         predicted_state_bytes=stage.optimizer_state_bytes,
         measured_state_bytes=lines[-1]["optimizer_state_bytes"],
