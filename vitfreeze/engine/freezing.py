@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vitfreeze.architecture import active_heads
 from vitfreeze.config import ConfigError
+from vitfreeze.engine.change import ChangeMeter
 from vitfreeze.engine.incarnation import Estate, Incarnation
 from vitfreeze.engine.processes import check_version, join_processes
 from vitfreeze.engine.settings import read_settings
@@ -122,6 +123,7 @@ class FreezingEngine:
         self._micro_step = 0
         self._last_drop_step: int | None = None
         self._loss: Tensor | None = None
+        self._change_meter: ChangeMeter | None = None
         if frozen_layers:
             self._check_prefix(frozen_layers)
             self._keep_masters_of_weights(self._mark_frozen(frozen_layers))
@@ -439,6 +441,19 @@ class FreezingEngine:
         """Return the bytes that ZeRO's padding adds on this rank."""
         return self._live.state_bytes()[1]
 
+    def layer_changes(self, measure: str) -> tuple[float | None, ...] | None:
+        """Return the relative change of every layer since the last call, the same on all ranks.
+
+        None in all at the first call, and None for frozen layers. See `ChangeMeter` for what is measured; every rank
+        must call this at the same step, and always with the same measure.
+
+        Raises:
+            ConfigError: the measure is neither weight nor gradient.
+        """
+        if self._change_meter is None or self._change_meter.measure != measure:
+            self._change_meter = ChangeMeter(measure, num_layers=self.module.depth + 1)
+        return self._change_meter.read(self._read_groups(), device=self.device)
+
     def mean_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the mean of each value over all ranks, on every rank."""
         total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
@@ -456,17 +471,20 @@ class FreezingEngine:
     def state(self) -> EngineState:
         """Return this rank's share of all state beside the model's weights. Groups that are frozen have none."""
         self._check_boundary("state is taken")
-        trained = {
-            plan.name: self._live.read(plan, group)
-            for plan, group in self._live.groups()
-            if is_trained(plan.unit, frozen_layers=self.frozen_layers)
-        }
+        trained = self._read_groups()
         scalars = {
             "frozen_layers": self.frozen_layers,
             "adam_steps": {name: group.step for name, group in trained.items()},
             **self._live.read_scalars(),
         }
         return EngineState(groups=trained, scalars=scalars, replicated=False, frozen_masters=self.frozen_masters())
+
+    def _read_groups(self) -> dict[str, GroupState]:
+        return {
+            plan.name: self._live.read(plan, group)
+            for plan, group in self._live.groups()
+            if is_trained(plan.unit, frozen_layers=self.frozen_layers)
+        }
 
     def frozen_masters(self) -> dict[str, Tensor]:
         """Return, on rank 0, the fp32 weights of frozen parameters by name; nothing on other ranks.

@@ -1,0 +1,64 @@
+"""How much each layer changed since it was last looked at: what adaptive freezing decides on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vitfreeze.config import ConfigError
+from vitfreeze.engine.slices import GroupState
+
+MEASURES = ("weight", "gradient")
+
+
+class ChangeMeter:
+    """Relative change of every layer between two readings, the same number on all ranks.
+
+    weight: ||w - w'|| / ||w'|| over the fp32 master weights of the layer, w' those of the reading before; every rank
+        keeps its share of them.
+    gradient: | ||m|| - ||m'|| | / ||m'||, m being Adam's moving average of the layer's gradients, which stands in for
+        the accumulated gradients of AutoFreeze (Liu et al., 2021, section 3.2) and needs no copy of them.
+    """
+
+    def __init__(self, measure: str, *, num_layers: int) -> None:
+        if measure not in MEASURES:
+            raise ConfigError(f"freeze.adaptive_measure = {measure!r}: allowed are {' and '.join(MEASURES)}")
+        self.measure = measure
+        self.num_layers = num_layers
+        self._weights: dict[str, Tensor] = {}
+        self._norms: Tensor | None = None
+
+    def read(self, groups: Mapping[str, GroupState], *, device: torch.device) -> tuple[float | None, ...] | None:
+        """Return the change of every layer, None for those that have no group; None in all at the first reading.
+
+        `groups` is this rank's share of every group that trains. Every rank must read at the same step.
+        """
+        layers = {name: int(name[6:8]) for name in groups if name.startswith("layer_")}
+        change, size = self._sums(groups, layers, device=device)
+        if change is None:
+            return None
+        ratios = [float(value) for value in change / size]
+        return tuple(ratios[layer] if layer in layers.values() else None for layer in range(self.num_layers))
+
+    def _sums(
+        self, groups: Mapping[str, GroupState], layers: Mapping[str, int], *, device: torch.device
+    ) -> tuple[Tensor | None, Tensor]:
+        squares = torch.zeros(2, self.num_layers, device=device)
+        before, self._weights = self._weights, {}
+        for name, layer in layers.items():
+            if self.measure == "gradient":
+                squares[1, layer] += groups[name].exp_avg.square().sum()
+                continue
+            weights = groups[name].master
+            self._weights[name] = weights.clone()
+            if name in before:
+                squares[0, layer] += (weights - before[name]).square().sum()
+                squares[1, layer] += before[name].square().sum()
+        torch.distributed.all_reduce(squares)
+        if self.measure == "weight":
+            return (squares[0].sqrt() if before else None), squares[1].sqrt()
+        norms, previous = squares[1].sqrt(), self._norms
+        self._norms = norms
+        return ((norms - previous).abs(), previous) if previous is not None else (None, norms)
