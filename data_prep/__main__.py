@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.errors import InputError, OutputError
 from data_prep.splits import ImageSet
-from data_prep.workers import available_cores
+from data_prep.workers import default_workers
 
 SHOWN_PROBLEMS = 10  # of one shard
 EPILOG = """examples:
@@ -83,7 +83,7 @@ def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("verify", help="check every checksum, count, label and image of a folder of shards")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of shards")
-    _add_workers_option(parser, available_cores())
+    _add_workers_option(parser, default_workers())
     parser.set_defaults(run=run_verify)
 
 
@@ -91,7 +91,7 @@ def _add_describe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("describe", help="counts, balance of classes and sizes of images, as text and figure")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of shards")
     parser.add_argument("--png", type=Path, metavar="FILE", help="where to draw the figure (default DIR/describe.png)")
-    _add_workers_option(parser, available_cores())
+    _add_workers_option(parser, default_workers())
     parser.set_defaults(run=run_describe)
 
 
@@ -110,7 +110,7 @@ def _add_packing_options(
     parser.add_argument(
         "--name", default=name, help=f"first part of the shards' names (default {name or 'the folder'})"
     )
-    _add_workers_option(parser, available_cores() if workers is None else workers)
+    _add_workers_option(parser, default_workers() if workers is None else workers)
     parser.add_argument(
         "--samples-per-shard",
         type=int,

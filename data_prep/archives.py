@@ -77,6 +77,8 @@ def _walk(window: Window, offset: int, size: int, called: str) -> Iterator[Membe
     try:
         with tarfile.open(fileobj=window, mode="r:") as archive:
             for info in archive:
+                if info.size < 0:  # older versions of tarfile would walk backwards, for ever
+                    raise InputError(f"{called} is damaged: its member {info.name} claims {info.size} bytes.")
                 if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     continue
                 if info.offset_data + info.size > size:
@@ -86,7 +88,9 @@ def _walk(window: Window, offset: int, size: int, called: str) -> Iterator[Membe
             window.seek(archive.offset)
             if window.read(HEADER_BYTES) != bytes(HEADER_BYTES):
                 raise InputError(f"{called} is damaged or cut short at byte {archive.offset}: is it a whole download?")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{called} is not a whole tar archive ({error}).") from error
 
 

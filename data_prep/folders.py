@@ -80,7 +80,7 @@ def read_folder(root: Path, *, limit_classes: int | None) -> ImageSet:
     Raises:
         InputError: no such layout, or a validation class that is not among the training classes.
     """
-    roots = find_split_folders(root)
+    roots, left_alone = find_split_folders(root)
     classes = list_class_folders(next(iter(roots.values())))
     if limit_classes is not None and not 1 <= limit_classes <= len(classes):
         raise InputError(
@@ -88,7 +88,7 @@ def read_folder(root: Path, *, limit_classes: int | None) -> ImageSet:
         )
     chosen = classes[:limit_classes]
     splits: dict[str, Catalogue] = {}
-    notes = []
+    notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
     for split, folder in roots.items():
         unknown = sorted(set(list_class_folders(folder)) - set(classes))
         if unknown:
@@ -99,23 +99,27 @@ def read_folder(root: Path, *, limit_classes: int | None) -> ImageSet:
     return ImageSet(chosen, splits, notes)
 
 
-def find_split_folders(root: Path) -> dict[str, Path]:
-    """Which folder holds the classes of which split: `root` itself is all training where it has no train folder."""
+def find_split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Which folder holds the classes of which split, and the folders in `root` that are not used.
+
+    A folder named train (or val, where there is no other folder) that holds folders is a split; otherwise `root` itself
+    holds the classes, all of them for training. So `train` may be a class too, next to `bus` and `car`.
+
+    Raises:
+        InputError: no class folders.
+    """
     folders = list_class_folders(root)
+    splits = {}
+    for split, names in (("train", TRAIN_FOLDERS), ("validation", VALIDATION_FOLDERS)):
+        found = [name for name in names if name in folders and list_class_folders(root / name)]
+        if found:
+            splits[split] = root / found[0]
+    if "train" in splits or (splits and len(folders) == 1):
+        used = {path.name for path in splits.values()}
+        return splits, [name for name in folders if name not in used]
     if not folders:
         raise InputError(f"{root} holds no class folders.")
-    train = [name for name in folders if name in TRAIN_FOLDERS]
-    validation = [name for name in VALIDATION_FOLDERS if name in folders]
-    if train and len(folders) - len(train) - len(validation) == 0:
-        splits = {"train": root / train[0]}
-        if validation:
-            splits["validation"] = root / validation[0]
-    else:
-        splits = {"train": root}
-    for folder in splits.values():
-        if not list_class_folders(folder):
-            raise InputError(f"{folder} holds no class folders.")
-    return splits
+    return {"train": root}, []
 
 
 def _read_split(root: Path, classes: list[str]) -> tuple[FileCatalogue, int]:

@@ -37,7 +37,8 @@ class StoredImage:
 def prepare_image(data: bytes, *, resize_shorter: int | None = None, quality: int = DEFAULT_QUALITY) -> StoredImage:
     """Decode the image to know that it can be decoded, and give the bytes to store.
 
-    The original bytes are kept, named by their true content (a PNG called .JPEG becomes .png). With
+    The original bytes are kept, named by their true content: readers choose the decoder by the extension, so ImageNet's
+    one PNG that is called .JPEG becomes .png. With
     `resize_shorter`, an image whose shorter side is larger is shrunk to it (bicubic with antialiasing, aspect kept)
     and stored as JPEG; a smaller one keeps its bytes. Orientation tags are not applied, as in torchvision's
     ImageFolder, and a shrunk image drops its metadata.

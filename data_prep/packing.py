@@ -21,7 +21,7 @@ import PIL
 from data_prep.catalogue import Catalogue
 from data_prep.errors import InputError, OutputError
 from data_prep.images import DEFAULT_QUALITY
-from data_prep.manifest import Journal, Manifest, write_descriptions
+from data_prep.manifest import SKIPPED, Journal, Manifest, write_descriptions
 from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry, shard_names
 from data_prep.splits import ImageSet
@@ -100,7 +100,7 @@ def pack(images: ImageSet, folder: Path, *, settings: PackSettings, workers: int
     """Write the shards and their description files; finished shards of an earlier run are kept.
 
     Raises:
-        InputError: nothing to pack, or the folder holds the work of another command.
+        InputError: nothing to pack, no image of a split decodes, or the folder holds the work of another command.
         OutputError: the result cannot be written; what is finished stays, and the same call goes on from there.
     """
     start = time.monotonic()
@@ -119,6 +119,9 @@ def pack(images: ImageSet, folder: Path, *, settings: PackSettings, workers: int
         manifest = Manifest(recorded, sorted(entries, key=lambda entry: (entry.split, entry.name)))
         write_descriptions(folder, dataset=settings.dataset, manifest=manifest)
         journal.remove()
+    for split in images.splits:
+        if not any(entry.num_samples for entry in entries if entry.split == split):
+            raise InputError(f"none of the images in the {split} split decodes: {folder / SKIPPED} gives the reasons.")
     return PackSummary(manifest, sum(entry.kept for entry in entries), time.monotonic() - start)
 
 

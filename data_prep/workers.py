@@ -22,6 +22,7 @@ from data_prep.errors import OutputError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+MAX_DEFAULT_WORKERS = 32
 TASKS_AHEAD = 2  # submitted per worker: enough to keep it busy, few enough to keep memory flat
 
 
@@ -30,6 +31,11 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # absent on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """One per core; more than MAX_DEFAULT_WORKERS would wait for the disk and cost memory."""
+    return min(available_cores(), MAX_DEFAULT_WORKERS)
 
 
 def run_tasks(

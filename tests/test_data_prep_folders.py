@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.drawing import CLASSES, draw_image_set
+from data_prep.folders import read_folder
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -104,6 +105,30 @@ def test_odd_names_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "1 images are of another format" in said
     assert json.loads((out / "_info.json").read_text())["splits"]["train"]["num_samples"] == 7
     assert main(["verify", str(out), "--workers", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "splits", "classes"),
+    [
+        (["train/cat/1.jpg", "val/cat/2.jpg", "test/cat/3.jpg", "extras/x.jpg"], ["train", "validation"], ["cat"]),
+        (["train/cat/1.jpg", "train/dog/1.jpg"], ["train"], ["cat", "dog"]),
+        (["validation/cat/1.jpg", "validation/dog/1.jpg"], ["validation"], ["cat", "dog"]),
+        (["train/1.jpg", "bus/1.jpg"], ["train"], ["bus", "train"]),
+        (["val/x/1.jpg", "bus/1.jpg"], ["train"], ["bus", "val"]),
+    ],
+)
+def test_layouts_are_told_apart(tmp_path: Path, files: list[str], splits: list[str], classes: list[str]) -> None:
+    for name in files:
+        write(tmp_path / "tree" / name, jpeg())
+    images = read_folder(tmp_path / "tree", limit_classes=None)
+    assert (list(images.splits), list(images.classes)) == (splits, classes)
+    assert sum(len(catalogue) for catalogue in images.splits.values()) == 2
+
+
+def test_a_split_without_one_good_image_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "tree" / "cat" / "1.jpg", b"<!DOCTYPE html>")
+    assert main(["folder", str(tmp_path / "tree"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert "none of the images in the train split decodes" in capsys.readouterr().err
 
 
 def test_layouts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

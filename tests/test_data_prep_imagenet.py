@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -285,6 +285,31 @@ def test_damaged_archives_are_refused(archives: Path, tmp_path: Path, capsys: py
         assert str(path) in error
         assert error.count("\n") == 1
         assert not out.exists()
+
+
+def negative_size(header: bytearray) -> None:
+    header[124:136] = b"\xff" * 12  # base 256: -1
+
+
+def negative_extended_header(header: bytearray) -> None:
+    negative_size(header)
+    header[156:157] = b"x"
+
+
+@pytest.mark.parametrize("damage", [negative_size, negative_extended_header])
+def test_archives_made_to_hang_the_reader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[bytearray], None]
+) -> None:
+    header = bytearray(tarfile.TarInfo("n01440764.tar").tobuf())
+    damage(header)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\x00 " % sum(header)
+    archive = tmp_path / "train.tar"
+    archive.write_bytes(bytes(header) * 3 + bytes(10240))
+    assert main(["imagenet", "--train", str(archive), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(archive) in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
