@@ -11,8 +11,20 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "hog", "model", "data", "planner", "cluster", "engine", "assembly"),
-    *("convert", "checkpoint", "pretrained", "report", "survival", "plots", "evaluate", "export", "closing"),
+    *("architecture", "config", "schedule", "hog", "model", "classifier", "data", "planner", "cluster"),
+    *(
+        "engine",
+        "assembly",
+        "convert",
+        "checkpoint",
+        "pretrained",
+        "report",
+        "survival",
+        "plots",
+        "evaluate",
+        "export",
+        "closing",
+    ),
     *("tasks", "train", "finetune", "doctor", "bench", "cli", "__main__"),
 ]
 TORCH_FREE = {"architecture", "config", "schedule", "planner"}

@@ -443,8 +443,9 @@ class LocalMIM(nn.Module):
         wanted = tuple(range(1, self.depth + 1)) if blocks is None else tuple(blocks)
         if not wanted or not set(wanted) <= set(range(1, self.depth + 1)):
             raise ValueError(f"blocks is {wanted}, expected numbers from 1 to depth {self.depth}")
-        ids_BL = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
-        features = self._run_blocks(self._embed(images, ids_BL, frozen=False), frozen_layers=0, wanted=wanted)
+        patches_BLD = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
+        tokens_BND = self._join(patches_BLD, self.pos_embed[:, 1:], frozen=False)
+        features = self._run_blocks(tokens_BND, frozen_layers=0, wanted=wanted)
         final = self._head(-1).norm
         return [final(features[block].to(final.weight.dtype)) if norm else features[block] for block in wanted]
 
@@ -479,14 +480,18 @@ class LocalMIM(nn.Module):
         weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
         if frozen and self.freeze_patch_embed:
             weight, bias = weight.detach(), bias.detach()
-        cls_token = self.cls_token.detach() if frozen and self.freeze_cls_token else self.cls_token
         pixels = images.view(-1, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
         sample_B1 = torch.arange(len(images), device=images.device)[:, None]
         chosen_BVD = pixels[sample_B1, ids_BV // grid, ids_BV % grid].flatten(2)
-        tokens_BVD = F.linear(chosen_BVD.to(weight.dtype), weight.flatten(1), bias)
-        pos_embed = self.pos_embed.to(tokens_BVD.dtype)
-        cls_B1D = (cls_token.to(tokens_BVD.dtype) + pos_embed[:, :1]).expand(len(images), -1, -1)
-        return torch.cat([cls_B1D, tokens_BVD + pos_embed[0, 1:][ids_BV]], dim=1)
+        patches_BVD = F.linear(chosen_BVD.to(weight.dtype), weight.flatten(1), bias)
+        return self._join(patches_BVD, self.pos_embed[0, 1:][ids_BV], frozen=frozen)
+
+    def _join(self, patches_BVD: Tensor, pos_BVD: Tensor, *, frozen: bool) -> Tensor:
+        """Put the class token before embedded patches and add their positions."""
+        dtype = patches_BVD.dtype
+        cls_token = self.cls_token.detach() if frozen and self.freeze_cls_token else self.cls_token
+        cls_B1D = (cls_token.to(dtype) + self.pos_embed[:, :1].to(dtype)).expand(len(patches_BVD), -1, -1)
+        return torch.cat([cls_B1D, patches_BVD + pos_BVD.to(dtype)], dim=1)
 
     def _run_blocks(self, tokens_BND: Tensor, *, frozen_layers: int, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Run the encoder and return the outputs of the wanted blocks (1-based)."""
@@ -547,6 +552,10 @@ class LocalMIM(nn.Module):
         if len(parts) < 3 or not parts[1].isdecimal() or int(parts[1]) >= len(self.heads):
             raise ValueError(f"no parameter of this model is named {name!r}")
         return int(parts[1])
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that have no weight decay beside biases and 1-d ones: none (LocalMIM)."""
+        return set()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does, but refuse what does not fit with a ValueError.

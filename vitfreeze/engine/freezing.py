@@ -30,8 +30,7 @@ from vitfreeze.engine.incarnation import Estate, Incarnation
 from vitfreeze.engine.processes import check_version, join_processes
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.engine.slices import GroupState, SliceReader
-from vitfreeze.engine.units import GroupPlan, is_trained, plan_groups
-from vitfreeze.model import LocalMIM
+from vitfreeze.engine.units import FreezableModel, GroupPlan, is_trained, plan_groups
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class FreezingEngine:
 
     def __init__(
         self,
-        model: LocalMIM,
+        model: FreezableModel,
         *,
         ds_config: Mapping[str, Any] | str | Path,
         micro_batch: int,
@@ -238,7 +237,7 @@ class FreezingEngine:
             self._check_prefix(frozen_layers)
             self._check_boundary("layers freeze")
         started = time.perf_counter()
-        heads_before = active_heads(self.frozen_layers, depth=self.module.depth)
+        heads_before = self._living_heads()
         if newly_frozen:
             self._agree(frozen_layers)
             self._soft_freeze(frozen_layers)
@@ -255,14 +254,18 @@ class FreezingEngine:
         return FreezeEvent(
             step=step,
             layers=tuple(newly_frozen),
-            heads=tuple(
-                head for head in heads_before if head not in active_heads(frozen_layers, depth=self.module.depth)
-            ),
+            heads=tuple(head for head in heads_before if head not in self._living_heads()),
             dropped=tuple(dict.fromkeys(dropped)),
             seconds=time.perf_counter() - started,
             trainable_parameters=self.trainable_parameters,
             optimizer_state_bytes=self.optimizer_state_bytes(),
         )
+
+    def _living_heads(self) -> tuple[int, ...]:
+        """Return the heads that train; a classifier has none."""
+        units = {plan.unit.name for plan in self._plans}
+        heads = active_heads(self.frozen_layers, depth=self.module.depth)
+        return tuple(head for head in heads if f"head_{head}" in units)
 
     def _check_prefix(self, frozen_layers: int) -> None:
         if frozen_layers < self.frozen_layers:

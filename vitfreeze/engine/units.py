@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitfreeze.classifier import Classifier
 from vitfreeze.model import LocalMIM
 from vitfreeze.schedule import FreezeUnit, freeze_units
+
+FreezableModel = LocalMIM | Classifier
+# A fine-tuned model's norm behind the pooling and its classifier train to the end.
+CLASSIFIER = FreezeUnit(name="classifier", leaves_with=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +37,14 @@ def is_trained(unit: FreezeUnit, *, frozen_layers: int) -> bool:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter has weight decay: not if it is 1-d or a bias (LocalMIM); the class token has it."""
+    """Tell whether a parameter has weight decay: not if it is 1-d or a bias (LocalMIM).
+
+    A model names others that have none; LocalMIM decays its class token, fine-tuning does not.
+    """
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def unit_name(parameter_name: str, *, model: LocalMIM) -> str:
+def unit_name(parameter_name: str, *, model: FreezableModel) -> str:
     """Return the name of the freeze unit that a parameter of the model belongs to.
 
     Raises:
@@ -49,12 +57,14 @@ def unit_name(parameter_name: str, *, model: LocalMIM) -> str:
         if parameter_name.startswith("patch_embed.") and not model.freeze_patch_embed:
             return "patch_embed"
         return f"layer_{layer:02d}"
+    if head is None and isinstance(model, Classifier):
+        return CLASSIFIER.name
     if head is None:
         raise ValueError(f"parameter {parameter_name} trains but belongs to no encoder layer and to no head")
     return f"head_{head}"
 
 
-def plan_groups(model: LocalMIM) -> tuple[GroupPlan, ...]:
+def plan_groups(model: FreezableModel) -> tuple[GroupPlan, ...]:
     """Return the parameter groups of all units, the last to freeze first, `<unit>.decay` before `<unit>.no_decay`.
 
     The order makes the groups that are dropped next the last of the optimizer.
@@ -63,13 +73,12 @@ def plan_groups(model: LocalMIM) -> tuple[GroupPlan, ...]:
         ValueError: a trainable parameter belongs to no freeze unit.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    units = {
-        unit.name: unit
-        for unit in freeze_units(model.depth, cls_token=model.freeze_cls_token, patch_embed=model.freeze_patch_embed)
-    }
+    freezing = freeze_units(model.depth, cls_token=model.freeze_cls_token, patch_embed=model.freeze_patch_embed)
+    units = {unit.name: unit for unit in (CLASSIFIER, *freezing)}
     members: dict[tuple[str, bool], list[str]] = {}
     for name, parameter in parameters.items():
-        key = (unit_name(name, model=model), is_decayed(name, parameter))
+        decays = is_decayed(name, parameter) and name not in model.no_weight_decay()
+        key = (unit_name(name, model=model), decays)
         members.setdefault(key, []).append(name)
     unknown = {unit for unit, _ in members} - set(units)
     if unknown:

@@ -104,7 +104,7 @@ def draw_hog(histograms_BTF: Tensor, *, nbins: int, cell_pixels: int) -> Tensor:
     strokes_KPP = _strokes(nbins, cell_pixels).to(bins_BTK.device)
     glyphs = torch.einsum("btk,kpq->btpq", bins_BTK, strokes_KPP)
     picture = glyphs.unflatten(1, (side, side)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
-    return (picture / 0.8).clamp(0, 1)
+    return (picture / 0.6).clamp(0, 1)
 
 
 def _strokes(nbins: int, pixels: int) -> Tensor:
@@ -154,7 +154,8 @@ def draw_figure(panels: Sequence[Panel], *, title: str = "") -> Figure:
             if row == 0:
                 axis.set_title(panel.title, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.3)
+    top = 1 - (0.25 / figure.get_figheight() if title else 0)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, top))
     return figure
 
 
