@@ -1,8 +1,9 @@
 """What freezing will save, before training; and what it did save, after."""
 
+from vitfreeze.planner.comparison import Comparison, compare_with_measurement
 from vitfreeze.planner.costs import ModelCosts
-from vitfreeze.planner.measured import Comparison, StepTimes, compare_with_measurement, read_step_times
-from vitfreeze.planner.plan import Machine, Plan, Stage, plan
+from vitfreeze.planner.measured import StepTimes, read_step_times
+from vitfreeze.planner.prediction import Machine, Plan, Stage, plan
 from vitfreeze.planner.targets import Target, solve_targets
 from vitfreeze.planner.text import (
     format_comparison,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from vitfreeze.planner.measured import Comparison
-from vitfreeze.planner.plan import Plan, Stage
+from vitfreeze.planner.comparison import Comparison
+from vitfreeze.planner.prediction import Plan, Stage
 from vitfreeze.planner.targets import Target
 
 

@@ -1,0 +1,94 @@
+"""The plan of a run held against what was measured in it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+from vitfreeze.planner.prediction import Plan, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageComparison:
+    """One stage of a run: what was predicted and what was measured; costs are relative to the run's own start."""
+
+    frozen_layers: int
+    steps: int  # that the metrics cover
+    images_per_second: float  # median
+    predicted_cost: float
+    measured_cost: float
+    measured_range: tuple[float, float]  # measured_cost between the quartiles of the logged speeds
+    data_wait_fraction: float  # mean
+    predicted_state_bytes: int
+    measured_state_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The plan held against a run. Savings are shares of the compute time of the steps that the metrics cover."""
+
+    stages: tuple[StageComparison, ...]
+    predicted_saving: float
+    measured_saving: float
+    freezing_seconds: float  # spent on dropping layers, which no step contains
+
+
+def compare_with_measurement(
+    plan: Plan, metrics: Sequence[Mapping[str, Any]], *, events: Sequence[Mapping[str, Any]] = ()
+) -> Comparison:
+    """Hold the plan of a run against the lines of its metrics.jsonl and events.jsonl, stage by stage.
+
+    A line counts for the steps since the line before it. The speed of a stage is the median over its lines, without
+    its first when there are more, because that one holds the warm-up of caches, allocators and compilers.
+
+    Raises:
+        ValueError: no line was logged before anything froze, so there is nothing to compare with.
+    """
+    covered: dict[int, int] = {}
+    lines: dict[int, list[Mapping[str, Any]]] = {}
+    previous = 0
+    for line in sorted(metrics, key=lambda line: line["step"]):
+        frozen = line["frozen_layers"]
+        covered[frozen] = covered.get(frozen, 0) + line["step"] - previous
+        lines.setdefault(frozen, []).append(line)
+        previous = line["step"]
+    if 0 not in lines:
+        raise ValueError("the metrics hold no step before the first freeze, so there is no speed to compare with")
+    start = median([line["images_per_second"] for line in _settled(lines[0])])
+    by_prefix = {stage.frozen_layers: stage for stage in plan.stages}
+    stages = tuple(
+        _compare_stage(by_prefix[frozen], lines[frozen], steps=covered[frozen], start=start)
+        for frozen in sorted(lines)
+        if frozen in by_prefix
+    )
+    steps = sum(stage.steps for stage in stages)
+    return Comparison(
+        stages=stages,
+        predicted_saving=1 - sum(stage.steps * stage.predicted_cost for stage in stages) / steps,
+        measured_saving=1 - sum(stage.steps * stage.measured_cost for stage in stages) / steps,
+        freezing_seconds=sum(event.get("seconds", 0.0) for event in events if event["event"] == "freeze"),
+    )
+
+
+def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: int, start: float) -> StageComparison:
+    settled = _settled(lines)
+    speeds = [line["images_per_second"] for line in settled]
+    speed = median(speeds)
+    slow, _, fast = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else (speed, speed, speed)
+    return StageComparison(
+        frozen_layers=stage.frozen_layers,
+        steps=steps,
+        images_per_second=speed,
+        predicted_cost=stage.relative_cost,
+        measured_cost=start / speed,
+        measured_range=(start / fast, start / slow),
+        data_wait_fraction=sum(line["data_wait_fraction"] for line in settled) / len(settled),
+        predicted_state_bytes=stage.optimizer_state_bytes,
+        measured_state_bytes=lines[-1]["optimizer_state_bytes"],
+    )
+
+
+def _settled(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return lines[1:] if len(lines) > 1 else lines
