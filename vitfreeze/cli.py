@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(commands)
     _add_plan(commands)
     _add_plot(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -168,3 +169,30 @@ def _plot(parsed: argparse.Namespace) -> int:
             )
         print(plot_run(Path(parsed.what), Path(parsed.out or f"{parsed.what}/run.png")))
     return 0
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("doctor", help="run under the launcher on all nodes: is this cluster fit to train?")
+    parser.add_argument("recipe", nargs="?", help="the run that it shall carry: a recipe by name, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long to read shards (default %(default)s)")
+    parser.add_argument("--images-per-second", type=float, metavar="N", help="what a GPU trains, if it is known")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for ranks that do not answer")
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from datetime import timedelta
+
+    from vitfreeze.config import load_config
+    from vitfreeze.doctor import examine, format_findings
+
+    findings = examine(
+        load_config(parsed.recipe, parsed.overrides) if parsed.recipe else None,
+        seconds=parsed.seconds,
+        images_per_second=parsed.images_per_second,
+        timeout=timedelta(seconds=parsed.timeout),
+    )
+    if os.environ.get("RANK", "0") == "0":
+        print(format_findings(findings, colour=sys.stdout.isatty()))
+    return 1 if any(finding.fit is False for finding in findings) else 0

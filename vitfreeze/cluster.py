@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from vitfreeze.config import Config, settings
@@ -282,6 +283,7 @@ def software_versions() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    versions["torch"] = torch.__version__  # with the build: +cu126 and +cu130 differ
     # The version of a checkout stays the same while its code changes, so the code itself is compared.
     folder = Path(__file__).parent
     files = sorted(folder.rglob("*.py"))

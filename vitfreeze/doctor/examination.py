@@ -1,0 +1,255 @@
+"""The examination: every check in turn, each taken by all ranks and judged alike on all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from vitfreeze.cluster import Meeting, Place, fingerprint_shards, group_ranks
+from vitfreeze.config import Config, derive_accumulation
+from vitfreeze.data import TrainLoader
+from vitfreeze.doctor.facts import RankFacts, is_built_for, look_around
+from vitfreeze.doctor.findings import Finding
+from vitfreeze.doctor.judgement import (
+    FolderProbe,
+    ShardReading,
+    judge_batch,
+    judge_clocks,
+    judge_disk,
+    judge_gpus,
+    judge_links,
+    judge_memory,
+    judge_precision,
+    judge_ranks,
+    judge_run_folder,
+    judge_shards,
+    judge_shared_memory,
+    judge_speed,
+    judge_versions,
+)
+from vitfreeze.doctor.network import compare_clocks, measure_links
+from vitfreeze.planner import ModelCosts, Plan, plan
+
+# Of the rate of large matrix products, what a whole training step of a ViT reaches when it is well tuned.
+STEP_SHARE_OF_PRODUCTS = 0.4
+BYTES_SAVED_PER_PARAMETER = 12  # an fp32 master weight and two fp32 moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What the recipe asks of each rank; without a recipe nothing is held against it.
+
+    Attributes:
+        images_per_second: that a rank of this speed trains at most; basis: how it was found, for the table.
+    """
+
+    config: Config
+    plan: Plan
+    images_per_second: float
+    basis: str
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds that a rank computes for one optimizer step."""
+        return self.plan.micro_batch * self.plan.accumulation / self.images_per_second
+
+    @property
+    def saved_bytes(self) -> float:
+        """Bytes of the checkpoints that are kept, and of the one that is being written."""
+        parameters = ModelCosts.from_config(self.config).parameters
+        return (self.config.checkpoint.keep + 1) * parameters * BYTES_SAVED_PER_PARAMETER
+
+    @property
+    def shared_memory_bytes(self) -> float:
+        """Bytes that the data workers of one rank keep ready."""
+        data, model = self.config.data, self.config.model
+        image = 3 * model.img_size**2 + 4 * (model.img_size // model.resolve().patch_size) ** 2
+        return (data.workers * data.prefetch + 1) * self.plan.micro_batch * image if data.workers else 0
+
+
+def examine(
+    config: Config | None,
+    *,
+    seconds: float = 5.0,
+    images_per_second: float | None = None,
+    timeout: timedelta = timedelta(minutes=2),
+) -> list[Finding]:
+    """Examine the cluster that the launcher started this process in; collective, and the same answer on all ranks.
+
+    Args:
+        config: the run that it shall carry; None: only what every run needs.
+        seconds: how long the ranks read shards.
+        images_per_second: that each rank trains, where it is known; else estimated from the device's speed.
+        timeout: how long to wait for ranks that do not answer.
+
+    Raises:
+        ClusterError: the ranks do not all come together.
+    """
+    place = Place.from_environment()
+    meeting = Meeting("doctor", place=place, timeout=timeout)
+    hosts = label_hosts(meeting.call_roll(), local_size=place.local_size)
+    own = look_around(place)
+    everyone = [RankFacts.from_json(facts) for facts in meeting.gather(own.to_json())]
+    facts = [replace(rank, host=host) for rank, host in zip(everyone, hosts, strict=True)]
+    findings = [judge_ranks(facts), judge_versions(facts), judge_gpus(facts)]
+    need, batch = find_need(config, facts, place=place, images_per_second=images_per_second)
+    precision = need.plan.machine.precision if need else None
+    findings.append(judge_precision(facts, wanted=precision))
+    findings += [batch] if batch else []
+    findings.append(
+        judge_memory(
+            facts,
+            needed_bytes=need.plan.peak_memory_bytes if need else None,
+            micro_batch=need.plan.micro_batch if need else None,
+        )
+    )
+    findings.append(judge_speed(facts, precision=precision or "fp32"))
+    findings.append(judge_clocks(compare_clocks(meeting), hosts))
+    links = measure_links(meeting, hosts, device=choose_device(facts, place), timeout=timeout)
+    findings.append(
+        judge_links(
+            links,
+            gradient_bytes=need.plan.stages[0].gradient_bytes_per_step if need else None,
+            compute_seconds=need.compute_seconds if need else None,
+            world_size=place.world_size,
+        )
+    )
+    findings.append(
+        judge_shared_memory(facts, needed_bytes=need.shared_memory_bytes * place.local_size if need else None)
+    )
+    findings += examine_files(config, need, meeting, hosts, seconds=seconds)
+    meeting.gather("done")  # rank 0 holds the store that the others still read from
+    return findings
+
+
+def label_hosts(hostnames: Sequence[str], *, local_size: int) -> list[str]:
+    """Return a name for the host of each rank that tells nodes apart also where they share a host name."""
+    nodes = [rank // local_size for rank in range(len(hostnames))]
+    shared = {name for name, ranks in group_ranks(hostnames).items() if len({nodes[rank] for rank in ranks}) > 1}
+    return [f"{name}/node {node}" if name in shared else name for name, node in zip(hostnames, nodes, strict=True)]
+
+
+def choose_device(facts: Sequence[RankFacts], place: Place) -> torch.device:
+    """Return where the ranks sum: on their GPUs if all have one that torch has code for."""
+    usable = all(rank.gpu is not None and is_built_for(rank.gpu.capability, rank.gpu.built_for) for rank in facts)
+    if not usable:
+        return torch.device("cpu")
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+def find_need(
+    config: Config | None, facts: Sequence[RankFacts], *, place: Place, images_per_second: float | None
+) -> tuple[Need | None, Finding | None]:
+    """Return what the recipe needs of each rank, and the finding on its batch; one that does not divide needs nothing.
+
+    Raises:
+        ConfigError: the recipe cannot be planned for another reason.
+    """
+    if config is None:
+        return None, None
+    if not config.run.ds_config and all(rank.gpu is None for rank in facts):
+        config = replace(config, run=replace(config.run, ds_config="cpu"))
+    try:
+        micro_batch, accumulation = derive_accumulation(config, world_size=place.world_size)
+    except ValueError as error:
+        return None, judge_batch(str(error), micro_batch=None, accumulation=None)
+    predicted = plan(config, world_size=place.world_size)
+    rate, basis = images_per_second, "were asked for"
+    if rate is None:
+        precision = predicted.machine.precision
+        speed = min(rank.teraflops.get(precision, rank.teraflops.get("fp32", 0.0)) for rank in facts)
+        rate = STEP_SHARE_OF_PRODUCTS * speed * 1e12 / predicted.stages[-1].flops_per_image
+        basis = f"it could train at most, at {STEP_SHARE_OF_PRODUCTS:.0%} of its rate of matrix products"
+    need = Need(config=config, plan=predicted, images_per_second=rate, basis=basis)
+    return need, judge_batch("", micro_batch=micro_batch, accumulation=accumulation)
+
+
+def examine_files(
+    config: Config | None, need: Need | None, meeting: Meeting, hosts: Sequence[str], *, seconds: float
+) -> list[Finding]:
+    """Examine shards, run folder and disk."""
+    if config is None:
+        return [
+            Finding(check=check, fit=None, found="name a recipe to have it examined")
+            for check in ("shards", "run folder", "disk")
+        ]
+    if need is None:
+        shards = Finding(check="shards", fit=None, found="not read, because the batch does not divide")
+    elif not config.data.train:
+        shards = Finding(check="shards", fit=False, found="the recipe names none", cure="data.train=FOLDER")
+    else:
+        answers = meeting.gather(asdict(read_shards(config, need, meeting.place, seconds=seconds)))
+        shards = judge_shards(
+            [ShardReading(**answer) for answer in answers], hosts,
+            needed_images_per_second=need.images_per_second, basis=need.basis,
+        )  # fmt: skip
+    folder = Path(config.run.dir or f"runs/{config.recipe}")
+    probes = probe_folder(folder, meeting)
+    saved = need.saved_bytes if need else None
+    return [shards, judge_run_folder(probes, hosts, folder=str(folder)), judge_disk(probes, needed_bytes=saved)]
+
+
+def read_shards(config: Config, need: Need, place: Place, *, seconds: float) -> ShardReading:
+    """Open the training shards as a run would and read batches for some seconds."""
+    data, model = config.data, config.model
+    try:
+        loader = TrainLoader(
+            data.train, img_size=model.img_size, num_patches=(model.img_size // model.resolve().patch_size) ** 2,
+            global_batch=config.batch.global_size, micro_batch=need.plan.micro_batch, rank=place.rank,
+            world_size=place.world_size, seed=config.run.seed, workers=data.workers, prefetch=data.prefetch,
+            crops_per_image=data.crops_per_image, crop_scale=(data.crop_scale[0], data.crop_scale[1]),
+            max_bad_fraction=data.max_bad_fraction, allow_pipe=data.allow_pipe, cache_dir=data.cache_dir or None,
+            cache_gigabytes=data.cache_gigabytes,
+        )  # fmt: skip
+        fingerprint = fingerprint_shards(loader.shards.names, loader.lengths)
+        rate = time_reading(loader, seconds=seconds)
+    except (ValueError, OSError) as error:
+        return ShardReading(fingerprint="", images_per_second=0.0, workers=data.workers, error=str(error))
+    return ShardReading(fingerprint=fingerprint, images_per_second=rate, workers=data.workers)
+
+
+def time_reading(loader: TrainLoader, *, seconds: float) -> float:
+    """Return the images per second of this rank, once its workers have started and their first batches are used up."""
+    batches = loader.batches(0, 10**9)
+    ready = max(loader.workers * loader.prefetch, 1)
+    for _ in itertools.islice(batches, ready):
+        pass
+    begin, images = time.perf_counter(), 0
+    while not images or time.perf_counter() - begin < seconds:
+        images += len(next(batches).images)
+    rate = images / (time.perf_counter() - begin)
+    batches.close()  # type: ignore[attr-defined]
+    return rate
+
+
+def probe_folder(folder: Path, meeting: Meeting) -> list[FolderProbe]:
+    """Write a file in the run folder on every rank, and look for that of rank 0; what was made is removed again."""
+    existed = folder.is_dir()
+    name = meeting.gather(f".doctor-{os.getpid()}-{time.time_ns()}")[0]  # rank 0's word
+    mine = folder / f"{name}-{meeting.rank}"
+    error, free = "", 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.write_text("written by vitfreeze doctor; may be removed\n")
+        free = shutil.disk_usage(folder).free
+    except OSError as caught:
+        error = f"{folder}: {caught.strerror}"
+    meeting.gather("written")
+    sees = (folder / f"{name}-0").is_file()
+    answers = meeting.gather([error, sees, free])
+    mine.unlink(missing_ok=True)
+    meeting.gather("removed")
+    if not existed:
+        with suppress(OSError):  # not empty, or another rank was quicker
+            folder.rmdir()
+    return [FolderProbe(error=text, sees_rank_0=seen, free_bytes=room) for text, seen, room in answers]

@@ -1,0 +1,112 @@
+"""What lies between the ranks: clocks and all-reduce bandwidth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, ProcessGroup
+
+from vitfreeze.cluster import Meeting
+from vitfreeze.doctor.judgement import Links
+
+CLOCK_READINGS = 5
+# Large enough that latency does not count, small enough for 1 Gbit/s.
+GPU_BYTES, CPU_BYTES = 64 * 2**20, 8 * 2**20
+
+
+def compare_clocks(meeting: Meeting) -> list[float]:
+    """Return each rank's clock minus that of rank 0 in seconds, from the quickest of some questions (Cristian 1989)."""
+    rank, store, offset = meeting.rank, meeting.store, 0.0
+    for other in range(1, meeting.world_size):
+        if rank == 0:
+            for reading in range(CLOCK_READINGS):
+                store.get(f"clock/{other}/{reading}/ask")
+                store.set(f"clock/{other}/{reading}/answer", repr(time.time()))
+            store.get(f"clock/{other}/done")
+        elif rank == other:
+            offset = _ask_for_time(meeting)
+            store.set(f"clock/{other}/done", "")
+    return meeting.gather(offset)
+
+
+def _ask_for_time(meeting: Meeting) -> float:
+    quickest, offset = float("inf"), 0.0
+    for reading in range(CLOCK_READINGS):
+        before, started = time.time(), time.perf_counter()
+        meeting.store.set(f"clock/{meeting.rank}/{reading}/ask", "")
+        answer = float(meeting.store.get(f"clock/{meeting.rank}/{reading}/answer"))
+        seconds = time.perf_counter() - started
+        if reading and seconds < quickest:  # the first also waits for rank 0 to turn to this rank
+            quickest, offset = seconds, before + seconds / 2 - answer
+    return offset
+
+
+def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.device, timeout: timedelta) -> Links:
+    """Measure all-reduces over all ranks, within nodes and between them; all ranks on CPUs, or each on its GPU."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if meeting.world_size == 1:
+        return Links(backend=backend, all_ranks=None, within_nodes=None, between_nodes=None)
+    figures: tuple[float | None, ...] = (None, None, None)
+    error = ""
+    try:
+        dist.init_process_group(
+            backend, store=PrefixStore("group", meeting.store), rank=meeting.rank, world_size=meeting.world_size,
+            timeout=timeout,
+        )  # fmt: skip
+        figures = _measure_groups(hosts, device)
+        dist.destroy_process_group()
+    except RuntimeError as caught:
+        error = str(caught).strip().splitlines()[0]
+    answers = meeting.gather([error, figures])
+    errors = [f"rank {rank} ({hosts[rank]}): {text}" for rank, (text, _) in enumerate(answers) if text]
+    if errors:
+        return Links(backend=backend, all_ranks=None, within_nodes=None, between_nodes=None, error=errors[0])
+    every, within, between = (
+        min((figures[place] for _, figures in answers if figures[place] is not None), default=None)
+        for place in range(3)
+    )
+    return Links(backend=backend, all_ranks=every, within_nodes=within, between_nodes=between)
+
+
+def _measure_groups(hosts: Sequence[str], device: torch.device) -> tuple[float | None, ...]:
+    every = _bus_bandwidth(None, len(hosts), device)
+    nodes: dict[str, list[int]] = {}
+    for other, host in enumerate(hosts):
+        nodes.setdefault(host, []).append(other)
+    within, between = None, None
+    for ranks in nodes.values():
+        if len(nodes) > 1 and len(ranks) > 1:
+            group = dist.new_group(ranks)  # every rank takes part in making every group
+            if isinstance(group, ProcessGroup):  # this rank is in it
+                within = _bus_bandwidth(group, len(ranks), device)
+    if len(nodes) > 1:
+        leaders = [ranks[0] for ranks in nodes.values()]
+        group = dist.new_group(leaders)
+        if isinstance(group, ProcessGroup):
+            between = _bus_bandwidth(group, len(leaders), device)
+    return every, within, between
+
+
+def _bus_bandwidth(group: ProcessGroup | None, size: int, device: torch.device) -> float:
+    """Return 1e9 bytes per second that each link of a ring carries: 2 (n - 1) / n of the data over the time.
+
+    Raises:
+        RuntimeError: the sum is wrong.
+    """
+    data = torch.ones((GPU_BYTES if device.type == "cuda" else CPU_BYTES) // 4, device=device)
+    repeats = 20 if device.type == "cuda" else 5
+    dist.all_reduce(data, group=group)
+    if not torch.equal(data, torch.full_like(data, size)):
+        raise RuntimeError("an all-reduce of ones did not give the number of ranks")
+    data.zero_()
+    dist.barrier(group=group)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        dist.all_reduce(data, group=group)
+    data[:1].item()  # waits for the GPU
+    seconds = (time.perf_counter() - begin) / repeats
+    return 2 * (size - 1) / size * data.numel() * 4 / seconds / 1e9
