@@ -11,21 +11,9 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "hog", "model", "classifier", "data", "planner", "cluster"),
-    *(
-        "engine",
-        "assembly",
-        "convert",
-        "checkpoint",
-        "pretrained",
-        "report",
-        "survival",
-        "plots",
-        "evaluate",
-        "export",
-        "closing",
-    ),
-    *("tasks", "train", "finetune", "doctor", "bench", "cli", "__main__"),
+    *("architecture", "config", "schedule", "hog", "model", "classifier", "data", "planner", "cluster", "engine"),
+    *("assembly", "convert", "checkpoint", "pretrained", "report", "survival", "plots", "evaluate", "export"),
+    *("closing", "tasks", "train", "finetune", "doctor", "bench", "cli", "__main__"),
 ]
 TORCH_FREE = {"architecture", "config", "schedule", "planner"}
 
