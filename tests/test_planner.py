@@ -465,3 +465,26 @@ def test_step_times_beyond_the_last_measured_prefix_keep_its_ratio() -> None:
     times = StepTimes(source="x", images=8, step_ms={0: 100.0, 5: 90.0})
     ratio = 0.9 / (costs.step_flops(5) / costs.step_flops(0))
     assert times.relative_cost(12, costs=costs) == pytest.approx(ratio * costs.step_flops(12) / costs.step_flops(0))
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vitfreeze", "plan", *arguments], capture_output=True, text=True,
+        cwd=Path(__file__).parents[1], check=False,
+    )  # fmt: skip
+
+
+def test_command_prints_a_plan_a_target_and_a_comparison() -> None:
+    whole = run_cli("paper", "freeze.t_0=0.9", "--nodes", "2", "--gpus", "4", "--bandwidth", "25", "--json")
+    assert json.loads(whole.stdout)["machine"]["world_size"] == 8
+    assert "0.7218" in run_cli("paper", "--target-saving", "0.20").stdout
+    side_by_side = run_cli("--compare", "paper", "off", "freeze.how=linear", "freeze.t_0=0.5").stdout
+    assert "t_0 0.5 linear" in side_by_side
+    assert "one cosine" in side_by_side
+
+
+def test_command_refuses_in_one_line() -> None:
+    refused = run_cli("paper", "--target-saving", "0.9")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "0 to 43.6%" in refused.stderr
