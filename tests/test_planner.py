@@ -370,7 +370,7 @@ def test_a_saving_out_of_reach_is_refused_with_the_reachable_range() -> None:
 @pytest.mark.parametrize(
     ("values", "arguments", "words"),
     [
-        ({}, {"images_per_epoch": 100}, "batch.global_size is 2048.*100 images"),
+        ({}, {"images_per_epoch": 100}, "batch.global_size is 2048.*100 crops"),
         ({}, {"world_size": 0}, "number of ranks is 0"),
         ({}, {"world_size": 7}, "batch.global_size is 2048.*256 x 7"),
         ({}, {"teraflops": 0}, "TFLOP/s is 0"),
@@ -405,6 +405,7 @@ def test_text_and_json_hold_the_plan() -> None:
     assert "15.2% of the step time" in text
     assert "82.5 % at t_0 0.8 in 42 V100-hours" in text
     assert json.loads(whole.to_json())["stages"][1]["first_step"] == 35_051
+    assert plan(configure(data__crops_per_image=4)).steps_per_epoch == 2502
     table = format_plans_side_by_side(whole, other)
     assert "8.1%" in table
     assert "82.8 % at t_0 0.9" in table

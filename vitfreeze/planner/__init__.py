@@ -2,6 +2,7 @@
 
 from vitfreeze.planner.comparison import Comparison, compare_with_measurement
 from vitfreeze.planner.costs import ModelCosts
+from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, read_step_times
 from vitfreeze.planner.prediction import Machine, Plan, Stage, plan
 from vitfreeze.planner.targets import Target, solve_targets
@@ -22,6 +23,7 @@ __all__ = [
     "StepTimes",
     "Target",
     "compare_with_measurement",
+    "fit_micro_batch",
     "format_comparison",
     "format_plan",
     "format_plans_side_by_side",

@@ -11,7 +11,7 @@ from typing import Any
 from vitfreeze.config import Config, ConfigError, derive_accumulation
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, ModelCosts
 from vitfreeze.planner.measured import StepTimes
-from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, describe_authors
+from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
 from vitfreeze.schedule import RunSchedule, build_schedule
 
 # The authors' 48 hours on one V100 for 100 epochs of LocalMIM ViT-B, at 31.2 GFLOP an image in their code.
@@ -163,9 +163,7 @@ def plan(
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value}, but it must be a number above 0")
     if steps_per_epoch is None:
-        steps_per_epoch = images_per_epoch // config.batch.global_size
-        if steps_per_epoch < 1:
-            raise config.error("batch.global_size", f"at most one epoch, which has {images_per_epoch} images")
+        steps_per_epoch = count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
     schedule = build_schedule(config, steps_per_epoch=steps_per_epoch, events=events)
     return _Planner(
         config=config, schedule=schedule, costs=ModelCosts.from_config(config), times=times, teraflops=teraflops,

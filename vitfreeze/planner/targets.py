@@ -80,6 +80,14 @@ class Target:
     authors: str
 
 
+def count_steps_per_epoch(config: Config, *, images_per_epoch: int) -> int:
+    """Return the whole optimizer steps of one epoch; raises ConfigError if there is not one."""
+    crops = images_per_epoch * config.data.crops_per_image
+    if crops < config.batch.global_size:
+        raise config.error("batch.global_size", f"at most one epoch, which has {crops} crops")
+    return crops // config.batch.global_size
+
+
 def solve_targets(
     config: Config,
     *,
@@ -95,7 +103,7 @@ def solve_targets(
     """
     if not 0 < target_saving < 1:
         raise ConfigError(f"the target saving is {target_saving}, but it must lie strictly between 0 and 1")
-    per_epoch = steps_per_epoch or max(images_per_epoch // config.batch.global_size, 1)
+    per_epoch = steps_per_epoch or count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
     schedule, costs = build_schedule(config, steps_per_epoch=per_epoch), ModelCosts.from_config(config)
     relative = [
         times.relative_cost(k, costs=costs) if times else costs.step_flops(k) / costs.step_flops(0)
