@@ -14,7 +14,7 @@ import platform
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -33,6 +33,7 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow", "sim
 # A node may keep its shards and its cache elsewhere than the others; what the shards hold is compared instead.
 NODE_LOCAL_SETTINGS = frozenset({"data.train", "data.val", "data.cache_dir"})
 POLL_SECONDS = 0.2
+PARTING_SECONDS = 10
 
 
 class ClusterError(ValueError):
@@ -137,6 +138,7 @@ class Meeting:
             hosts = [None if r in missing else self.store.get(f"here/{r}").decode() for r in range(self.world_size)]
             self.store.set("roll", json.dumps(hosts))
         hosts = json.loads(self._get("roll", patience=2))
+        self._part("roll", [rank for rank, host in enumerate(hosts) if host is not None])
         absent = [rank for rank, host in enumerate(hosts) if host is None]
         if absent:
             present = sorted({host for host in hosts if host is not None})
@@ -159,7 +161,9 @@ class Meeting:
         if self.rank == 0:
             values = [json.loads(self._get(f"{key}/{rank}")) for rank in range(self.world_size)]
             self.store.set(key, json.dumps(values))
-        return json.loads(self._get(key, patience=2))
+        values = json.loads(self._get(key, patience=2))
+        self._part(key, range(self.world_size))
+        return values
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
@@ -207,6 +211,13 @@ class Meeting:
             return self.store.get(key).decode()
         except DistError as error:
             raise ClusterError(f"rank {self.rank} waited in vain for {key!r} of the other ranks: {error}") from error
+
+    def _part(self, key: str, ranks: Sequence[int]) -> None:
+        """Let rank 0, with whom the store ends, go on only when the others have read what they waited for."""
+        self.store.set(f"{key}/read/{self.rank}", "")
+        if self.rank == 0:
+            with suppress(DistError):  # one that was lost on the way has no need of the store
+                self.store.wait([f"{key}/read/{rank}" for rank in ranks], timedelta(seconds=PARTING_SECONDS))
 
     def _missing(self, ranks: Sequence[int]) -> list[int]:
         return [rank for rank in ranks if not self.store.check([f"here/{rank}"])]

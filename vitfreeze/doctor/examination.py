@@ -127,7 +127,6 @@ def examine(
         judge_shared_memory(facts, needed_bytes=need.shared_memory_bytes * place.local_size if need else None)
     )
     findings += examine_files(config, need, meeting, hosts, seconds=seconds)
-    meeting.gather("done")  # rank 0 holds the store that the others still read from
     return findings
 
 

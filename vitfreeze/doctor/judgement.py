@@ -202,7 +202,8 @@ def judge_memory(facts: Sequence[RankFacts], *, needed_bytes: float | None, micr
         return Finding(
             check="GPU memory", fit=True, found=f"{format_bytes(free)} free on {place}, and no less elsewhere"
         )
-    found = f"the plan needs {format_bytes(needed_bytes)} for a micro-batch of {micro_batch}; {place} has {format_bytes(free)} free"
+    needed = f"the plan needs {format_bytes(needed_bytes)} for a micro-batch of {micro_batch}"
+    found = f"{needed}; {place} has {format_bytes(free)} free"
     if needed_bytes <= free:
         return Finding(check="GPU memory", fit=True, found=found)
     assert tightest.gpu is not None
