@@ -13,7 +13,7 @@ PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
     *("architecture", "config", "schedule", "hog", "model", "classifier", "data", "planner", "cluster", "engine"),
     *("assembly", "convert", "checkpoint", "pretrained", "report", "survival", "plots", "evaluate", "export"),
-    *("closing", "tasks", "train", "finetune", "doctor", "bench", "cli", "__main__"),
+    *("closing", "tasks", "run", "train", "finetune", "doctor", "bench", "cli", "__main__"),
 ]
 TORCH_FREE = {"architecture", "config", "schedule", "planner"}
 

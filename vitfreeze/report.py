@@ -116,6 +116,21 @@ class Meter:
         self._started = time.perf_counter()
 
 
+class WaitWatch:
+    """Notices, once, that training keeps waiting for data."""
+
+    def __init__(self, *, threshold: float = 0.05, patience: int = 3) -> None:
+        self.threshold, self.patience = threshold, patience
+        self._in_a_row = 0
+
+    def update(self, data_wait_fraction: float) -> bool:
+        """Take the next reading; return True at the reading that makes `patience` in a row above the threshold."""
+        if self._in_a_row >= self.patience:
+            return False
+        self._in_a_row = self._in_a_row + 1 if data_wait_fraction > self.threshold else 0
+        return self._in_a_row == self.patience
+
+
 class Reporter:
     """Writes a run's figures into its folder and shows one progress bar; does nothing on ranks other than 0.
 

@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from vitfreeze.assembly import build_engine, open_training
 from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
-from vitfreeze.config import Config, Duration
-from vitfreeze.data import Batch, TrainLoader
-from vitfreeze.engine import FreezingEngine, join_processes
+from vitfreeze.config import Config
+from vitfreeze.data import Batch
+from vitfreeze.engine import join_processes
+from vitfreeze.planner import fit_micro_batch
 from vitfreeze.report import Meter, Reporter, format_bytes
-from vitfreeze.schedule import RunSchedule
+from vitfreeze.run import Run
 from vitfreeze.survival import EXIT_FAILED, EXIT_STOPPED, Keeper, RunFailedError, report_start, schedule_state
 from vitfreeze.tasks import Pretraining, Task
 
 logger = logging.getLogger("vitfreeze")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The parts that the loop works with."""
-
-    task: Task
-    config: Config
-    directory: Path
-    loader: TrainLoader
-    schedule: RunSchedule
-    engine: FreezingEngine
-    reporter: Reporter
-    meter: Meter
 
 
 def pretrain(config: Config, *, fresh: bool = False) -> int:
@@ -98,9 +85,12 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
         local=run.meter.state,
     )  # fmt: skip
     with keeper:
-        batches = loader.batches(start_step, total_steps)
+        batches: Iterator[Batch] | None = None
         for step in range(start_step, total_steps):
-            freeze_layers(run, step)
+            measure_change(run, step)
+            froze = freeze_layers(run, step)
+            if batches is None or froze:
+                batches = feed(run, step, batches)
             engine.set_learning_rates(schedule.learning_rates(step))
             take_step(run, step, batches, keeper)
             run.reporter.advance()
@@ -108,21 +98,30 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
             done = step + 1
             last = done == total_steps
             freezes_next = not last and schedule.frozen_layers(done) != schedule.frozen_layers(step)
-            evaluates, shows = is_due(run, config.eval.every, done), is_due(run, config.run.show_every, done)
+            evaluates, shows = run.is_due(config.eval.every, done), run.is_due(config.run.show_every, done)
             if done % config.run.log_every_steps == 0 or freezes_next or evaluates or shows or last:
-                log_metrics(run, step, evaluate=evaluates)
+                run.log_metrics(step, evaluate=evaluates)
             if shows:
-                log_picture(run, step)
+                run.log_picture(step)
+            run.log_epochs(step)
             if keeper.end_step(done):  # saves when it is due
                 return False
     return True
 
 
-def freeze_layers(run: Run, step: int) -> None:
-    """Freeze what the schedule freezes at this step; its layers leave the engine."""
+def measure_change(run: Run, step: int) -> None:
+    """With freeze.mode adaptive: measure the layers when a check is due, and log what follows from it."""
+    adaptive = run.schedule.adaptive
+    if adaptive is not None and adaptive.is_check(step):
+        changes = run.engine.layer_changes(run.config.freeze.adaptive_measure)
+        run.reporter.log_event(**adaptive.record(step, changes=changes).to_event())
+
+
+def freeze_layers(run: Run, step: int) -> bool:
+    """Freeze what the schedule freezes at this step; its layers leave the engine. Return whether anything changed."""
     event = run.engine.freeze(run.schedule.frozen_layers(step), step=step)
     if event is None:
-        return
+        return False
     frozen = ", ".join(f"layer {layer}" for layer in event.layers) + "".join(f" with head {h}" for h in event.heads)
     message = (
         f"step {step}: froze {frozen or 'nothing new'}; {event.trainable_parameters:,} parameters still train, "
@@ -130,6 +129,25 @@ def freeze_layers(run: Run, step: int) -> None:
     )
     run.reporter.log_event("freeze", message=message, **asdict(event))
     run.meter.restart()
+    return True
+
+
+def feed(run: Run, step: int, batches: Iterator[Batch] | None) -> Iterator[Batch]:
+    """Return the batches to go on with: in larger micro-batches if freezing has made room for them."""
+    engine = run.engine
+    micro_batch, accumulation = fit_micro_batch(
+        run.config,
+        world_size=engine.world_size,
+        frozen_layers=engine.frozen_layers,
+        precision=engine.settings.precision,
+    )
+    if batches is not None and micro_batch == engine.micro_batch:
+        return batches
+    if micro_batch != engine.micro_batch:
+        engine.set_micro_batch(micro_batch, accumulation=accumulation)
+        message = f"step {step}: micro-batches of {micro_batch} images a rank from here on, {accumulation} to a step"
+        run.reporter.log_event("micro_batch", step, message=message, micro_batch=micro_batch, accumulation=accumulation)
+    return run.loader.batches(step, run.schedule.total_steps, micro_batch=micro_batch)
 
 
 def take_step(run: Run, step: int, batches: Iterator[Batch], keeper: Keeper) -> None:
@@ -146,38 +164,3 @@ def take_step(run: Run, step: int, batches: Iterator[Batch], keeper: Keeper) -> 
         wait_seconds += batch.wait_seconds
     run.task.end_step(engine)
     run.meter.add_step(images=run.config.batch.global_size, wait_seconds=wait_seconds)
-
-
-def log_metrics(run: Run, step: int, *, evaluate: bool) -> None:
-    """Write what the last steps measured, and what the model is worth; every rank takes part, rank 0 writes."""
-    engine = run.engine
-    figures = run.meter.read(engine.mean_over_ranks)
-    if evaluate and (worth := run.task.evaluate(engine)):
-        figures["eval"] = worth
-    run.reporter.log_metrics(
-        step + 1,
-        epoch=(step + 1) / run.loader.steps_per_epoch,
-        **figures,
-        lr=run.schedule.learning_rates(step),
-        frozen_layers=run.schedule.frozen_layers(step),
-        optimizer_state_bytes=engine.optimizer_state_bytes(),
-        gradient_elements=engine.gradient_elements(),
-        loss_scale=engine.loss_scale,
-        skipped_steps=engine.skipped_steps,
-    )
-    run.meter.restart()
-
-
-def log_picture(run: Run, step: int) -> None:
-    """Write a picture of what the model does to TensorBoard."""
-    picture = run.task.draw(run.engine)
-    if picture is not None:
-        run.reporter.log_image(run.task.picture, step + 1, picture)
-    run.meter.restart()
-
-
-def is_due(run: Run, every: Duration, done: int) -> bool:
-    """Tell whether something is due that is done `every` so often, and at the end; 0 is never."""
-    total_steps = run.schedule.total_steps
-    steps = every.to_steps(steps_per_epoch=run.loader.steps_per_epoch, total_steps=total_steps)
-    return every.value > 0 and (done % max(steps, 1) == 0 or done == total_steps)

@@ -464,6 +464,12 @@ class FreezingEngine:
         torch.distributed.all_reduce(total)
         return [float(value) for value in total / self.world_size]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every rank gave, by rank, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def synchronize(self) -> None:
         """Wait for the device, so that time can be measured."""
         if self.device.type == "cuda":
