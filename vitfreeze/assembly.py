@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vitfreeze.classifier import Classifier
 from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import EvalLoader, TrainLoader
@@ -123,13 +125,13 @@ def build_model(config: Config) -> LocalMIM:
 
 
 def build_engine(
-    config: Config, processes: Processes, *, frozen_layers: int, model: LocalMIM | None = None
+    config: Config, processes: Processes, *, frozen_layers: int, model: LocalMIM | Classifier | None = None
 ) -> FreezingEngine:
     """Wrap a model, by default a new one, in the DeepSpeed engine, with the first `frozen_layers` layers frozen."""
     micro_batch, accumulation = derive_accumulation(config, world_size=processes.world_size)
     return FreezingEngine(
         model or build_model(config),
-        ds_config=find_ds_config(config, processes.device),
+        ds_config=read_ds_config(config, processes.device),
         micro_batch=micro_batch,
         accumulation=accumulation,
         frozen_layers=frozen_layers,
@@ -139,6 +141,12 @@ def build_engine(
         min_steps_between_drops=config.freeze.min_steps_between_drops,
         prefix_precision=config.freeze.prefix_precision,
     )
+
+
+def read_ds_config(config: Config, device: torch.device) -> Path | dict[str, Any]:
+    """Return the DeepSpeed JSON; its content, with the recipe's clipping, if the recipe clips."""
+    path, clip_grad = find_ds_config(config, device), config.finetune.clip_grad
+    return path if clip_grad is None else {**json.loads(path.read_text()), "gradient_clipping": clip_grad}
 
 
 def find_ds_config(config: Config, device: torch.device) -> Path:

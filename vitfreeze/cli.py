@@ -10,8 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vitfreeze import __version__
+
+if TYPE_CHECKING:
+    from vitfreeze.evaluate import EvaluationData
 
 EXIT_BAD_INPUT = 2
 Handler = Callable[[argparse.Namespace], int]
@@ -49,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands)
+    _add_finetune(commands)
+    _add_knn(commands)
+    _add_linear(commands)
+    _add_export(commands)
+    _add_show(commands)
     _add_config(commands)
     _add_plan(commands)
     _add_plot(commands)
@@ -73,6 +82,127 @@ def _pretrain(parsed: argparse.Namespace) -> int:
     from vitfreeze.train import pretrain
 
     return pretrain(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)
+
+
+def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("finetune", help="fine-tune an encoder as a classifier; goes on as pretrain does")
+    _add_recipe(parser)
+    parser.add_argument("--fresh", action="store_true", help="start a new run; refuse a folder that holds one")
+    parser.set_defaults(handler=_finetune)
+
+
+def _finetune(parsed: argparse.Namespace) -> int:
+    from vitfreeze.config import load_config
+    from vitfreeze.finetune import finetune
+
+    return finetune(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", help="a run folder, an export, a LocalMIM or MAE .pth, or timm:NAME")
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    _add_weights(parser)
+    parser.add_argument("--train", nargs="+", default=(), metavar="SHARDS", help="default: those of the run")
+    parser.add_argument("--val", nargs="+", default=(), metavar="SHARDS", help="default: those of the run")
+    blocks = parser.add_mutually_exclusive_group()
+    blocks.add_argument("--blocks", nargs="+", type=int, default=(), metavar="N", help="from 1; default: the last")
+    blocks.add_argument("--all-blocks", action="store_true", help="judge every block")
+    parser.add_argument("--pool", default="avg", help="avg: mean of the patches (default); token: the class token")
+    parser.add_argument("--limit", type=int, help="images of each split and rank; default: all")
+    parser.add_argument("--workers", type=int, help="decoding processes; default: as the run")
+
+
+def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
+    from vitfreeze.evaluate import EvaluationData
+
+    return EvaluationData(
+        train=tuple(parsed.train), val=tuple(parsed.val), blocks=tuple(parsed.blocks), all_blocks=parsed.all_blocks,
+        global_pool=parsed.pool, limit=parsed.limit, workers=parsed.workers,
+    )  # fmt: skip
+
+
+def _add_knn(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("knn", help="classify validation images by their nearest training images")
+    _add_evaluation(parser)
+    parser.add_argument("--k", nargs="+", type=int, default=(10, 20), help="numbers of neighbours")
+    parser.set_defaults(handler=_knn)
+
+
+def _knn(parsed: argparse.Namespace) -> int:
+    from vitfreeze.evaluate import evaluate_knn
+
+    found = evaluate_knn(parsed.weights, _evaluation_data(parsed), k=parsed.k)
+    if os.environ.get("RANK", "0") == "0":
+        print("block  " + "  ".join(f"{f'{k}-NN':>7}" for k in parsed.k))
+        for block, accuracies in found.items():
+            print(f"{block:>5}  " + "  ".join(f"{100 * accuracies[k]:>6.2f}%" for k in parsed.k))
+    return 0
+
+
+def _add_linear(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("linear", help="train linear classifiers on the features, one per learning rate")
+    _add_evaluation(parser)
+    parser.add_argument("--optimizer", default="lars", help="lars (MAE's, default) or sgd")
+    parser.add_argument("--blr", nargs="+", type=float, default=(), help="learning rates per 256 images")
+    parser.add_argument("--epochs", type=int, default=90)
+    parser.add_argument("--warmup-epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=16384)
+    parser.set_defaults(handler=_linear)
+
+
+def _linear(parsed: argparse.Namespace) -> int:
+    from vitfreeze.evaluate import LinearSettings, evaluate_linear, find_best
+
+    settings = LinearSettings(
+        optimizer=parsed.optimizer, blr=tuple(parsed.blr), epochs=parsed.epochs, warmup_epochs=parsed.warmup_epochs,
+        batch_size=parsed.batch_size,
+    )  # fmt: skip
+    found = evaluate_linear(parsed.weights, _evaluation_data(parsed), settings=settings)
+    if os.environ.get("RANK", "0") == "0":
+        print("block       blr    top-1    top-5     loss")
+        for block, results in found.items():
+            best = find_best(results)
+            for result in results:
+                row = f"{block:>5}  {result.blr:>8g}  {100 * result.top1:>6.2f}%  {100 * result.top5:>6.2f}%"
+                print(f"{row}  {result.loss:>7.4f}{'  best' if result is best else ''}")
+    return 0
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("export", help="write weights for timm, Hugging Face or torch, with a model card")
+    _add_weights(parser)
+    parser.add_argument("--to", required=True, help="timm, safetensors, hf or torch")
+    parser.add_argument("--out", help="file or folder; default: export/ in the run folder")
+    parser.set_defaults(handler=_export)
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from vitfreeze.export import export_run
+
+    print(export_run(parsed.weights, to=parsed.to, out=parsed.out))
+    return 0
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("show", help="draw what a run reconstructs of images, and where it looks")
+    _add_weights(parser)
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--blocks", nargs="+", type=int, default=(), metavar="N", help="attention; default: the last")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument("--out", default="show.png", help="where to (default show.png)")
+    parser.set_defaults(handler=_show)
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from vitfreeze.evaluate import show_images
+
+    images = [Path(image) for image in parsed.images]
+    print(show_images(parsed.weights, images, blocks=parsed.blocks, seed=parsed.seed, out=Path(parsed.out)))
+    return 0
 
 
 def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vitfreeze import __version__
 from vitfreeze.architecture import ModelSize
+from vitfreeze.classifier import averaged_weights
 from vitfreeze.convert import to_timm
 from vitfreeze.data import IMAGENET_MEAN, IMAGENET_STD
 from vitfreeze.model import LAYER_NORM_EPS
@@ -64,8 +65,8 @@ def export_run(place: str | Path, *, to: str, out: str | Path | None = None) -> 
         logger.warning("the run has not finished: these are its weights after %s", pretrained.origin)
     if to == "hf" and pretrained.is_classifier:
         raise ValueError(
-            f"{pretrained.place} is a fine-tuned model that classifies the mean of its patches, which Hugging Face's "
-            "ViT does not do; export it to timm"
+            f"{pretrained.place} is a fine-tuned classifier; only encoders go to Hugging Face, whose ViT does not "
+            "classify the mean of its patches: export it to timm"
         )
     target = Path(out) if out else _default_target(pretrained, to=to)
     folder = target if to in ("timm", "hf") else target.parent
@@ -111,7 +112,7 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
     """Return the config.json from which `timm.create_model("local-dir:FOLDER")` builds the model."""
     num_classes = len(pretrained.weights["head.bias"]) if pretrained.is_classifier else 0
     # LocalMIM trains the patches, but an encoder for timm keeps its norm in front of the pooling: global_pool="token".
-    pool = "avg" if pretrained.is_classifier else "token"
+    pool = pretrained.global_pool
     return {
         "architecture": ARCHITECTURE,
         "num_classes": num_classes,
@@ -196,7 +197,7 @@ def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
 
 
 def _loading_lines(pretrained: Pretrained, *, to: str, target: Path) -> list[str]:
-    pool = "avg" if pretrained.is_classifier else "token"
+    pool = pretrained.global_pool
     num_classes = len(pretrained.weights["head.bias"]) if pretrained.is_classifier else 0
     arguments = {**timm_arguments(pretrained.size, img_size=pretrained.img_size), "num_classes": num_classes}
     plain = [
@@ -279,7 +280,8 @@ def _precision_lines(pretrained: Pretrained) -> list[str]:
 
 
 def _exported_weights(pretrained: Pretrained) -> dict[str, Tensor]:
-    weights = dict(pretrained.weights) if pretrained.is_classifier else to_timm(pretrained.weights)
+    is_classifier = pretrained.is_classifier
+    weights = averaged_weights(pretrained.weights) if is_classifier else to_timm(pretrained.weights)
     return {name: tensor.float().contiguous() for name, tensor in weights.items()}
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
 from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
+from vitfreeze.classifier import averaged_weights
 from vitfreeze.config import Config
-from vitfreeze.convert import from_localmim, from_mae
+from vitfreeze.convert import from_localmim, from_mae, to_timm
 from vitfreeze.model import LocalMIM, check_state
 
 TIMM_PREFIX = "timm:"
@@ -60,6 +61,11 @@ class Pretrained:
         return "head.weight" in self.weights
 
     @property
+    def global_pool(self) -> str:
+        """What timm pools by to load these weights: a norm behind the pooling is that of the mean of the patches."""
+        return "avg" if "fc_norm.weight" in self.weights else "token"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run reached its last step; of weights from elsewhere, nothing else is known."""
         return self.checkpoint is None or self.checkpoint.step >= int(self.checkpoint.extra.get("total_steps", 0))
@@ -92,6 +98,14 @@ def read_pretrained(place: str | Path) -> Pretrained:
     )
 
 
+def encoder_weights(pretrained: Pretrained) -> dict[str, Tensor]:
+    """Return the encoder by timm's names, without anybody's classifier or heads; averaged, if there is an average."""
+    if not pretrained.is_classifier:
+        return to_timm(pretrained.weights)
+    weights = averaged_weights(pretrained.weights)
+    return {name: x for name, x in weights.items() if not name.startswith(("head.", "fc_norm."))}
+
+
 def build_encoder(pretrained: Pretrained, **options: Any) -> LocalMIM:
     """Return a LocalMIM with these weights; heads that the source does not have keep their random ones.
 
@@ -103,10 +117,7 @@ def build_encoder(pretrained: Pretrained, **options: Any) -> LocalMIM:
         ValueError: the weights are those of a classifier, or their shapes do not fit.
     """
     if pretrained.is_classifier:
-        weights = {name: x for name, x in pretrained.weights.items() if not name.startswith(("head.", "fc_norm."))}
-        # Fine-tuning puts its norm behind the pooling: what is left for the tokens is a plain one.
-        weights |= {f"{LAST_NORM}weight": torch.ones(pretrained.size.embed_dim)}
-        weights |= {f"{LAST_NORM}bias": torch.zeros(pretrained.size.embed_dim)}
+        weights = from_mae(_with_norm(encoder_weights(pretrained)))
     else:
         weights = dict(pretrained.weights)
     own: dict[str, Any] = {}
@@ -116,6 +127,12 @@ def build_encoder(pretrained: Pretrained, **options: Any) -> LocalMIM:
     made = LocalMIM(**asdict(pretrained.size), img_size=pretrained.img_size, **{**own, **options})
     load_encoder(made, weights)
     return made
+
+
+def _with_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add a plain final norm where fine-tuning has left none: its own stands behind the pooling."""
+    width = weights["cls_token"].shape[-1]
+    return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **weights}
 
 
 def load_encoder(model: LocalMIM, weights: Mapping[str, Tensor]) -> None:
@@ -221,7 +238,7 @@ def _from_tensors(
         weights, whose = from_localmim(source, hog_bias_of_scale=0), "LocalMIM's names"
     elif any(name.startswith("heads.") for name in source):
         weights, whose = dict(source), "vitfreeze's names"
-    elif "head.weight" in source and "fc_norm.weight" in source:
+    elif "head.weight" in source and "norm.weight" not in source:
         weights, whose = dict(source), "a fine-tuned classifier"
     else:
         encoder = {name: x for name, x in source.items() if not name.startswith("head.")}

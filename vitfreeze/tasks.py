@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES
 from vitfreeze.assembly import build_model, open_split
+from vitfreeze.classifier import Classifier
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, settings
 from vitfreeze.data import Batch, normalize
@@ -42,7 +43,7 @@ class Task(Protocol):
     def build_schedule(self, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]]) -> RunSchedule:
         """Return learning rates and frozen layers as functions of the step."""
 
-    def build_model(self, *, is_new: bool) -> LocalMIM:
+    def build_model(self, *, is_new: bool) -> LocalMIM | Classifier:
         """Return the model, with the weights that a new run begins with."""
 
     def forward(

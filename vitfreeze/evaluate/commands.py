@@ -1,0 +1,133 @@
+"""What the command line asks of weights: k-NN and linear probe, sharded over the ranks of the launch; pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vitfreeze.assembly import open_split
+from vitfreeze.config import Config
+from vitfreeze.engine import Processes, join_processes
+from vitfreeze.evaluate.features import Features, extract_block_features, gather_features
+from vitfreeze.evaluate.knn import knn_over_ranks
+from vitfreeze.evaluate.linear import LinearResult, LinearSettings, find_best, train_linear
+from vitfreeze.evaluate.visual import draw_figure, make_panels, read_images, save_figure
+from vitfreeze.pretrained import Pretrained, build_encoder, read_pretrained
+
+logger = logging.getLogger("vitfreeze")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationData:
+    """Which images to look at, and how; what is empty or None is the run's own.
+
+    Attributes:
+        train, val: labelled shards.
+        blocks: 1-based blocks to judge; empty: the last.
+        all_blocks: judge every block.
+        global_pool: avg or token.
+        limit: images per split and rank; None: all.
+        workers: decoding processes.
+    """
+
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+    all_blocks: bool = False
+    global_pool: str = "avg"
+    limit: int | None = None
+    workers: int | None = None
+
+
+def evaluate_knn(place: str, data: EvaluationData, *, k: Sequence[int] = (10, 20)) -> dict[int, dict[int, float]]:
+    """Return, by block and number of neighbours, the top-1 accuracy from 0 to 1.
+
+    Args:
+        place: what `read_pretrained` takes.
+        data: images and blocks.
+        k: numbers of neighbours.
+
+    Raises:
+        ValueError: weights or shards that cannot be used.
+    """
+    processes = join_processes()
+    splits = _extract_splits(place, data, processes=processes)
+    return {block: knn_over_ranks(train, test, k=k, device=processes.device) for block, train, test in splits}
+
+
+def evaluate_linear(
+    place: str, data: EvaluationData, *, settings: LinearSettings | None = None
+) -> dict[int, list[LinearResult]]:
+    """Return, by block, what a linear classifier reached with every learning rate; arguments as `evaluate_knn`."""
+    processes = join_processes()
+    results = {}
+    for block, train, test in _extract_splits(place, data, processes=processes):
+        results[block] = train_linear(
+            gather_features(train), gather_features(test), settings=settings, device=processes.device
+        )
+        best = find_best(results[block])
+        logger.info("block %d: %.2f %% top-1 with blr %g", block, 100 * best.top1, best.blr)
+    return results
+
+
+def show_images(place: str, paths: Sequence[Path], *, blocks: Sequence[int] = (), seed: int = 0, out: Path) -> Path:
+    """Draw what a pre-trained model reconstructs of image files, and where its class token looks; return `out`.
+
+    Args:
+        place: a run or a LocalMIM .pth; other weights have no heads.
+        paths: image files.
+        blocks: 1-based blocks whose attention is shown; the last by default.
+        seed: of the masks.
+        out: a .png file.
+
+    Raises:
+        ValueError: weights without heads, files that are no images, another suffix.
+    """
+    if out.suffix != ".png":
+        raise ValueError(f"--out is {str(out)!r}, expected a name that ends in .png")
+    pretrained = read_pretrained(place)
+    if not any(name.startswith("heads.0.decoder") for name in pretrained.weights):
+        raise ValueError(f"{place} has no heads that predict HOG: give a pre-training run or LocalMIM's .pth")
+    model = build_encoder(pretrained)
+    frozen_layers = pretrained.checkpoint.frozen_layers if pretrained.checkpoint else 0
+    images = read_images(paths, img_size=model.img_size)
+    panels = make_panels(model, images, frozen_layers=frozen_layers, blocks=tuple(blocks), seed=seed)
+    return save_figure(draw_figure(panels, title=pretrained.origin), out)
+
+
+def _extract_splits(
+    place: str, data: EvaluationData, *, processes: Processes
+) -> Iterator[tuple[int, Features, Features]]:
+    """Yield every block with the features of this rank's training and validation images."""
+    pretrained = read_pretrained(place)
+    if not pretrained.is_finished:
+        logger.warning("the run has not finished: these are its weights after %s", pretrained.origin)
+    model = build_encoder(pretrained).to(processes.device)
+    blocks = tuple(range(1, model.depth + 1)) if data.all_blocks else data.blocks or (model.depth,)
+    config = _choose_data(pretrained, data)
+    found = []
+    for split in ("train", "validation"):
+        loader = open_split(config, split, rank=processes.rank, world_size=processes.world_size)
+        logger.info("features of %d %s images of %s", loader.num_samples, split, pretrained.origin)
+        found.append(
+            extract_block_features(
+                model, loader, blocks=tuple(sorted(set(blocks))), global_pool=data.global_pool, limit=data.limit
+            )
+        )
+    train, test = found
+    for block in train:
+        yield block, train[block], test[block]
+
+
+def _choose_data(pretrained: Pretrained, data: EvaluationData) -> Config:
+    """Return the run's settings with the given shards in place of its own."""
+    config = pretrained.config or Config()
+    chosen = replace(
+        config.data,
+        train=data.train or config.data.train,
+        val=data.val or config.data.val,
+        workers=config.data.workers if data.workers is None else data.workers,
+    )
+    return replace(config, data=chosen, model=replace(config.model, img_size=pretrained.img_size))

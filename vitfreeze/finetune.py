@@ -1,0 +1,279 @@
+"""Fine-tuning: the encoder as a classifier, trained by the loop, the engine and the checkpoints of pre-training.
+
+Source: LocalMIM's fine-tuning, which is MAE's (He et al., CVPR 2022, appendix A.2): layer-wise decay of the learning
+rate, drop path, mixup, cutmix, label smoothing, RandAugment, random erasing, and a classifier on the mean of the
+patches behind a fresh norm. All of these are timm's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitfreeze.assembly import open_split
+from vitfreeze.classifier import Classifier
+from vitfreeze.config import Config
+from vitfreeze.data import Batch, normalize
+from vitfreeze.data.augmentation import Transform
+from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
+from vitfreeze.engine import FreezingEngine
+from vitfreeze.export import export_run
+from vitfreeze.plots import plot_run
+from vitfreeze.pretrained import Pretrained, encoder_weights, read_pretrained
+from vitfreeze.report import read_json_lines
+from vitfreeze.schedule import RunSchedule, build_schedule
+from vitfreeze.tasks import refuse_settings
+from vitfreeze.train import run_task
+
+logger = logging.getLogger("vitfreeze")
+
+# Settings of pre-training that fine-tuning has no use for.
+_OTHERS = (
+    *("loss.", "model.hog_", "model.mask_ratio", "model.decoder_", "data.crops_per_image", "freeze.heads_lr"),
+    *("freeze.cls_token", "freeze.patch_embed", "eval.samples", "eval.k", "eval.max_share", "run.show_every"),
+)
+
+
+def finetune(config: Config, *, fresh: bool = False) -> int:
+    """Fine-tune as `config` says, from the newest checkpoint if there is one; return the exit status.
+
+    Raises:
+        ConfigError: a setting cannot be used, or the run folder holds another run.
+    """
+    return run_task(Finetuning(config), fresh=fresh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSchedule(RunSchedule):
+    """A run's schedule with layer-wise decay.
+
+    The classifier follows the cosine; block `depth` has `layer_decay` times its rate, and so on downward
+    (Clark et al., "ELECTRA", ICLR 2020). With FreezeOut, a layer's own rate is multiplied.
+    """
+
+    layer_decay: float
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rate of the classifier and of every layer in the optimizer step number `step`."""
+        rates = {"classifier": self.cosine.learning_rate(step)}
+        for name, rate in super().learning_rates(step).items():
+            if name.startswith("layer_"):
+                layer = int(name.removeprefix("layer_"))
+                rates[name] = rate * self.layer_decay ** (self.depth + 1 - layer)
+        return rates
+
+
+class Finetuning:
+    """Classification of labelled images.
+
+    Raises:
+        ConfigError: settings of pre-training are given, validation is never due, or a policy that timm does not know.
+    """
+
+    picture = ""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        settings = config.finetune
+        refuse_settings(config, _OTHERS, task="finetune")
+        if config.eval.every.value == 0:
+            raise config.error(
+                "eval.every", "above 0, as in '1 epochs': fine-tuning is judged by its validation images"
+            )
+        if not config.data.val:
+            raise config.error("data.val", "labelled validation shards")
+        self.num_classes: int | None = settings.num_classes
+        self.transform: Transform | None = self._build_transform()
+        self.mixing = BatchMixing(
+            num_classes=settings.num_classes,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            smoothing=settings.smoothing,
+            reprob=settings.reprob,
+            seed=config.run.seed,
+        )
+        self._micro_batches: tuple[int, int] = (-1, 0)
+
+    def _build_transform(self) -> FinetuneTransform:
+        low, high = self.config.data.crop_scale
+        try:
+            return FinetuneTransform(
+                img_size=self.config.model.img_size, scale=(low, high), auto_augment=self.config.finetune.aa
+            )
+        except ValueError as error:
+            raise self.config.error(
+                "finetune.aa", f"a policy of timm, such as rand-m9-mstd0.5-inc1 ({error})"
+            ) from None
+
+    def build_schedule(self, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]]) -> FinetuneSchedule:
+        """Return the schedule of the settings, with layer-wise decay."""
+        plain = build_schedule(self.config, steps_per_epoch=steps_per_epoch, events=events)
+        values = {field.name: getattr(plain, field.name) for field in fields(RunSchedule)}
+        return FinetuneSchedule(**values, layer_decay=self.config.finetune.layer_decay)
+
+    def build_model(self, *, is_new: bool) -> Classifier:
+        """Return the classifier; a new run begins with the encoder that `model.init_from` names.
+
+        Raises:
+            ConfigError: those weights are of another size.
+            ValueError: there are none, or they do not fit.
+        """
+        config, settings = self.config, self.config.finetune
+        torch.manual_seed(config.run.seed)
+        model = Classifier(
+            size=config.model.resolve(),
+            img_size=config.model.img_size,
+            num_classes=settings.num_classes,
+            global_pool=settings.global_pool,
+            drop_path=settings.drop_path,
+            activation_checkpointing=config.model.activation_checkpointing,
+            average_decay=settings.model_ema_decay,
+        )
+        if is_new and config.model.init_from:
+            pretrained = read_pretrained(config.model.init_from)
+            self._check_size(pretrained)
+            if not pretrained.is_finished:
+                logger.warning("fine-tuning begins with %s, which has not finished", pretrained.origin)
+            model.load_encoder(encoder_weights(pretrained))
+            logger.info("fine-tuning begins with %s", pretrained.origin)
+        elif is_new:
+            logger.warning("fine-tuning begins with random weights, because model.init_from is empty")
+        if config.model.compile:
+            model.compile_parts()
+        return model
+
+    def _check_size(self, pretrained: Pretrained) -> None:
+        mine, theirs = self.config.model.resolve(), pretrained.size
+        pairs = [
+            ("img_size", self.config.model.img_size, pretrained.img_size),
+            *((name, getattr(mine, name), getattr(theirs, name)) for name in ("patch_size", "embed_dim", "depth")),
+            *((name, getattr(mine, name), getattr(theirs, name)) for name in ("num_heads", "mlp_ratio")),
+        ]
+        differing = [f"{name} {other:g} there and {own:g} here" for name, own, other in pairs if own != other]
+        if differing:
+            raise self.config.error("model.init_from", f"weights of this model's size, not with {', '.join(differing)}")
+
+    def forward(
+        self, engine: FreezingEngine, batch: Batch, *, schedule: RunSchedule, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross entropy with the mixed, smoothed labels; it has no parts."""
+        number = self._count_micro_batch(step)
+        images, targets = self.mixing.apply(
+            batch.images.to(engine.device, non_blocking=True),
+            batch.labels.to(engine.device, non_blocking=True),
+            step=step, rank=engine.rank, number=number,
+        )  # fmt: skip
+        with _seeded_drop_path((self.config.run.seed, step, engine.rank, number), device=engine.device):
+            output = engine(images, targets=targets, frozen_layers=schedule.frozen_layers(step))
+        return output.loss, {}
+
+    def _count_micro_batch(self, step: int) -> int:
+        last_step, count = self._micro_batches
+        number = count if step == last_step else 0
+        self._micro_batches = (step, number + 1)
+        return number
+
+    def end_step(self, engine: FreezingEngine) -> None:
+        """Move the average of the weights, if there is one."""
+        cast(Classifier, engine.module).update_average()
+
+    def evaluate(self, engine: FreezingEngine) -> dict[str, float]:
+        """Return top-1 and top-5 accuracy, from 0 to 1, and mean loss over all validation images of all ranks.
+
+        With an average of the weights, `ema_top1` and `ema_top5` are what the average reaches.
+        """
+        model = cast(Classifier, engine.module)
+        loader = open_split(
+            self.config, "validation", rank=engine.rank, world_size=engine.world_size, num_classes=self.num_classes
+        )
+        figures = measure_accuracy(model, loader, device=engine.device)
+        logger.info(
+            "top-1 %.2f %%, top-5 %.2f %% of %d validation images",
+            100 * figures["top1"], 100 * figures["top5"], figures["images"],
+        )  # fmt: skip
+        return figures
+
+    def draw(self, engine: FreezingEngine) -> Tensor | None:
+        """Return None: there is nothing to reconstruct."""
+        return None
+
+    def close(self, directory: Path, engine: FreezingEngine) -> None:
+        """Export the model, plot, and print where everything is."""
+        model = export_run(directory, to="timm", out=directory / "model")
+        plot = plot_run(directory, directory / "run.png")
+        worth = read_json_lines(directory / "metrics.jsonl")[-1]["eval"]
+        lines = [
+            f"top-1     {100 * worth['top1']:.2f} % of {worth['images']:.0f} validation images",
+            f"top-5     {100 * worth['top5']:.2f} %",
+            f'model     {model} (timm.create_model("local-dir:{model}", pretrained=True))',
+            f"plot      {plot}",
+            f"metrics   {directory / 'metrics.jsonl'}",
+        ]
+        if "ema_top1" in worth:
+            lines.insert(2, f"average   {100 * worth['ema_top1']:.2f} % top-1; the exported weights are the average")
+        logger.info("\n%s", "\n".join(lines))
+
+
+@torch.no_grad()
+def measure_accuracy(model: Classifier, batches: Iterable[Batch], *, device: torch.device) -> dict[str, float]:
+    """Return accuracies from 0 to 1 and the mean loss over the images of all ranks, each counted once.
+
+    Args:
+        model: on `device`; put into evaluation mode for the time.
+        batches: this rank's labelled images.
+        device: where the model is, and where ranks add up.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    predictors = {"": lambda images: model(images).logits}
+    if model.average is not None:
+        predictors["ema_"] = model.predict_with_average
+    totals = {prefix: torch.zeros(4, dtype=torch.float64, device=device) for prefix in predictors}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            images, labels = normalize(batch.images.to(device)), batch.labels.to(device)
+            for prefix, predict in predictors.items():
+                totals[prefix] += _count_hits(predict(images), labels)
+    finally:
+        model.train(was_training)
+    figures: dict[str, float] = {}
+    for prefix, total in totals.items():
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        top1, top5, loss, images_seen = total.tolist()
+        if not images_seen:
+            raise ValueError("there is no validation image to measure the accuracy with")
+        figures |= {f"{prefix}top1": top1 / images_seen, f"{prefix}top5": top5 / images_seen}
+        figures |= {f"{prefix}loss": loss / images_seen, "images": images_seen}
+    return figures
+
+
+def _count_hits(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return (4,) float64: images right at first, among the first five, sum of losses, images."""
+    found_B5 = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+    right_B5 = found_B5 == labels_B[:, None]
+    loss = F.cross_entropy(logits_BC.double(), labels_B, reduction="sum")
+    count = torch.tensor(len(labels_B), device=logits_BC.device)
+    return torch.stack([right_B5[:, 0].sum().double(), right_B5.sum().double(), loss, count.double()])
+
+
+@contextmanager
+def _seeded_drop_path(words: tuple[int, ...], *, device: torch.device) -> Iterator[None]:
+    """Draw what drop path drops from (seed, step, rank, micro-batch), so that a resumed run drops the same."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        yield
