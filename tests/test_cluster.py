@@ -1,0 +1,192 @@
+"""What ranks settle before they train: threads stand for ranks, each with its own connection to a real store."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_shards import write_shards
+
+from vitfreeze.cluster import (
+    ClusterError,
+    Meeting,
+    Place,
+    describe_ranks,
+    find_free_port,
+    fingerprint_shards,
+    group_ranks,
+    run_facts,
+    software_versions,
+)
+from vitfreeze.config import build_config
+
+
+def place_of(rank: int, *, world_size: int, port: int, local_size: int = 1) -> Place:
+    return Place(
+        rank=rank, world_size=world_size, local_rank=rank % local_size, local_size=local_size,
+        master_addr="127.0.0.1", master_port=port,
+    )  # fmt: skip
+
+
+def meet(
+    world_size: int,
+    talk: Callable[[Meeting], Any],
+    *,
+    ranks: list[int] | None = None,
+    seconds: float = 20,
+    **options: Any,
+) -> list[Any]:
+    """Let each rank talk; return what each returned or raised."""
+    port = options.pop("port", None) or find_free_port()
+    ranks = list(range(world_size)) if ranks is None else ranks
+    leave = threading.Barrier(len(ranks))  # the store ends with rank 0's thread only because the process goes on
+
+    def run(rank: int) -> Any:
+        try:
+            place = place_of(rank, world_size=world_size, port=port, **options)
+            meeting = Meeting("test", place=place, timeout=timedelta(seconds=seconds))
+            return talk(meeting)
+        except ValueError as error:
+            return error
+        finally:
+            leave.wait()
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(run, ranks))
+
+
+def test_everybody_answers_the_roll() -> None:
+    assert meet(3, lambda meeting: meeting.call_roll()) == [[socket.gethostname()] * 3] * 3
+
+
+def test_missing_ranks_and_their_nodes_are_named() -> None:
+    answers = meet(6, lambda meeting: meeting.call_roll(), ranks=[0, 1, 4, 5], seconds=1, local_size=2)
+    for answer in answers:
+        assert isinstance(answer, ClusterError)
+        assert "ranks 2-3 of 6 (node 1, counted from 0 in the hostfile) did not start within" in str(answer)
+
+
+def test_a_master_that_is_not_there_is_named() -> None:
+    port = find_free_port()
+    (answer,) = meet(2, lambda meeting: meeting.call_roll(), ranks=[1], seconds=0.5, port=port)
+    assert isinstance(answer, ClusterError)
+    assert f"did not reach rank 0 at 127.0.0.1:{port}" in str(answer)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (answer,) = meet(2, lambda meeting: meeting.call_roll(), ranks=[0], seconds=1, port=port)
+    assert isinstance(answer, ClusterError)
+    assert f"port {port} of {socket.gethostname()} is in use" in str(answer)
+
+
+def test_everybody_gets_what_everybody_gave() -> None:
+    def talk(meeting: Meeting) -> list[Any]:
+        return [meeting.gather({"rank": meeting.rank}), meeting.gather(meeting.rank * 1.5)]
+
+    assert meet(4, talk) == [[[{"rank": rank} for rank in range(4)], [0.0, 1.5, 3.0, 4.5]]] * 4
+
+
+def test_a_second_meeting_does_not_find_the_first_one() -> None:
+    def talk(meeting: Meeting) -> list[int]:
+        first = meeting.gather(1)
+        again = Meeting("test", place=meeting.place, timeout=timedelta(seconds=20))
+        return [*first, *again.gather(2)]
+
+    assert meet(2, talk) == [[1, 1, 2, 2]] * 2
+
+
+def test_bad_input_on_one_rank_ends_all_with_its_sentence() -> None:
+    def talk(meeting: Meeting) -> str:
+        with meeting.fail_together():
+            if meeting.rank == 2:
+                raise ValueError("shard b.tar does not exist")
+        return "went on"
+
+    for answer in meet(3, talk):
+        assert isinstance(answer, ClusterError)
+        assert str(answer) == f"rank 2 ({socket.gethostname()}): shard b.tar does not exist"
+
+
+def test_bad_input_on_all_ranks_stays_what_it_was() -> None:
+    def talk(meeting: Meeting) -> str:
+        with meeting.fail_together():
+            raise KeyError("never caught") if meeting.rank > 9 else FileNotFoundError(2, "No such file", "x.yaml")
+
+    with pytest.raises(FileNotFoundError):
+        meet(2, talk)
+
+
+def test_the_same_facts_pass() -> None:
+    assert meet(2, lambda meeting: meeting.check_agreement({"a": "1"})) == [None, None]
+
+
+def test_what_differs_is_named_with_its_ranks() -> None:
+    def talk(meeting: Meeting) -> None:
+        meeting.check_agreement({"freeze.t_0": "0.8" if meeting.rank < 2 else "0.9", "run.seed": "0"})
+
+    host = socket.gethostname()
+    for answer in meet(3, talk):
+        assert isinstance(answer, ClusterError)
+        assert f"freeze.t_0 is 0.8 on ranks 0-1 ({host}) but 0.9 on rank 2 ({host})" in str(answer)
+        assert "run.seed" not in str(answer)
+
+
+def test_facts_differ_with_what_matters_and_not_with_the_folder(tmp_path: Path) -> None:
+    folders = [write_shards(tmp_path / name, [4, 4]) for name in ("a", "b")]
+    shards = [[str(path) for path in sorted(folder.glob("*.tar"))] for folder in folders]
+    configs = [
+        build_config({"data.train": (str(folder), "here"), "freeze.t_0": (t_0, "here")}, recipe="x")
+        for folder, t_0 in zip([*folders, folders[0]], [0.8, 0.8, 0.9], strict=True)
+    ]
+    facts = [run_facts(configs[i], shards=shards[i], lengths=[4, 4], ds_config={"a": 1}) for i in (0, 1)]
+    assert facts[0] == facts[1]
+    other = run_facts(configs[2], shards=shards[0], lengths=[4, 4], ds_config={"a": 2})
+    assert {name for name in other if other[name] != facts[0][name]} == {"freeze.t_0", "the DeepSpeed configuration"}
+    with (folders[1] / "tiny-train-0001.tar").open("ab") as file:
+        file.write(bytes(512))
+    assert fingerprint_shards(shards[1], [4, 4]) != fingerprint_shards(shards[0], [4, 4])
+    assert fingerprint_shards(shards[0], [4, 3]) != fingerprint_shards(shards[0], [4, 4])
+
+
+def test_versions_tell_builds_and_code_apart() -> None:
+    import torch
+
+    versions = software_versions()
+    assert versions["torch"] == torch.__version__
+    assert len(versions["vitfreeze"]) == 12
+    assert all(version != "not installed" for version in versions.values())
+    assert json.loads(json.dumps(versions)) == versions
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([3], "rank 3"), ([0, 1, 2], "ranks 0-2"), ([7, 0, 1, 5], "ranks 0-1, 5, 7")],
+)
+def test_ranks_in_words(ranks: list[int], text: str) -> None:
+    assert describe_ranks(ranks) == text
+
+
+def test_groups_keep_the_order_of_appearance() -> None:
+    assert group_ranks(["b", "a", "b"]) == {"b": [0, 2], "a": [1]}
+
+
+def test_place_is_read_from_either_launcher() -> None:
+    common = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for launcher in ({"LOCAL_SIZE": "4", "LOCAL_RANK": "1"}, {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}):
+        place = Place.from_environment({**common, **launcher})
+        assert (place.rank, place.local_rank, place.local_size) == (5, 1, 4)
+    alone = Place.from_environment({})
+    assert (alone.rank, alone.world_size, alone.local_size) == (0, 1, 1)
+    with pytest.raises(ClusterError, match="MASTER_PORT missing"):
+        Place.from_environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"})
