@@ -96,6 +96,8 @@ def _gradients(planes_PHW: Tensor, *, bias: Tensor | Sequence[float] | None) -> 
 
     Adding the six terms one by one in the order of the filter's taps rounds exactly as a convolution does; pairing
     differences first is as fast but moves a few per cent of the pixels whose true response is zero to another bin.
+    The price is that a flat patch of an image may respond with the last bit of its value, as it does in LocalMIM. A
+    plane without any contrast is spared that: its responses are exactly zero.
     """
     height, width = planes_PHW.shape[-2:]
     padded = F.pad(planes_PHW, (1, 1, 1, 1), mode="reflect")
@@ -107,6 +109,9 @@ def _gradients(planes_PHW: Tensor, *, bias: Tensor | Sequence[float] | None) -> 
     horizontal.add_(tap(1, 0), alpha=2).sub_(tap(1, 2), alpha=2).add_(tap(2, 0)).sub_(tap(2, 2))
     vertical = torch.add(tap(0, 0), tap(0, 1), alpha=2)
     vertical.add_(tap(0, 2)).sub_(tap(2, 0)).sub_(tap(2, 1), alpha=2).sub_(tap(2, 2))
+    contrast_P11 = planes_PHW.amax(dim=(1, 2), keepdim=True) != planes_PHW.amin(dim=(1, 2), keepdim=True)
+    horizontal *= contrast_P11
+    vertical *= contrast_P11
     if bias is not None:
         offsets = torch.as_tensor(bias, dtype=torch.float32, device=planes_PHW.device)
         if offsets.shape != (2,):
