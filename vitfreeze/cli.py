@@ -23,25 +23,41 @@ Handler = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand and exit: 0 done, 1 failed, 2 bad input, 75 stopped on request with everything saved."""
-    parsed = build_parser().parse_args(arguments)
+    parsed = parse_arguments(arguments)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
     handler: Handler = parsed.handler
     try:
         status = handler(parsed)
+        sys.stdout.flush()
     except ValueError as error:
         if parsed.debug:
             raise
         if rank == 0:
             print(f"vitfreeze {parsed.command}: {error}", file=sys.stderr)
         status = EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise
         print(f"vitfreeze {parsed.command}: {error.strerror}: {error.filename}", file=sys.stderr)
         status = EXIT_BAD_INPUT
-    sys.stdout.flush()
     sys.exit(status)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; overrides of a recipe may also stand behind options."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    overrides = [argument for argument in rest if not argument.startswith("-") and "=" in argument]
+    strange = [argument for argument in rest if argument not in overrides]
+    if strange or (overrides and "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(strange or overrides)}")
+    if overrides:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_plot(commands)
     _add_doctor(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -326,3 +343,48 @@ def _doctor(parsed: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(format_findings(findings, colour=sys.stdout.isatty()))
     return 1 if any(finding.fit is False for finding in findings) else 0
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("bench", help="measure a part of a run on this machine")
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    _add_bench_data(parts)
+
+
+def _add_bench_data(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = parts.add_parser("data", help="images per second of the input pipeline, beside torchvision's")
+    parser.add_argument("shards", help="a folder of shards, a brace pattern or a URL")
+    parser.add_argument("--split", default="train", help="split of the folder's _info.json (default %(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="photographs to measure on (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=224, help="side of the crops (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each pipeline (default %(default)s)")
+    parser.add_argument(
+        "--step-seconds", type=float, metavar="S", help="time of a step, to say how many workers feed it"
+    )
+    parser.add_argument("--step-images", type=int, metavar="N", help="images per rank in such a step")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=_bench_data)
+
+
+def _bench_data(parsed: argparse.Namespace) -> int:
+    import json
+
+    from vitfreeze.bench.data import format_data_benchmark, run_data_benchmark
+
+    if (parsed.step_seconds is None) != (parsed.step_images is None):
+        raise ValueError("--step-seconds and --step-images make sense together only: so many images in so many seconds")
+    if parsed.step_seconds is not None and not parsed.step_seconds > 0:
+        raise ValueError(f"--step-seconds is {parsed.step_seconds:g}; a step takes some time")
+    speed = {} if not parsed.step_seconds else {"device_images_per_second": parsed.step_images / parsed.step_seconds}
+    result = run_data_benchmark(
+        parsed.shards,
+        split=parsed.split,
+        images=parsed.images,
+        img_size=parsed.img_size,
+        workers=parsed.workers,
+        rounds=parsed.rounds,
+        **speed,
+    )
+    print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_data_benchmark(result))
+    return 0
