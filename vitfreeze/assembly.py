@@ -11,13 +11,11 @@ import torch
 
 from vitfreeze.classifier import Classifier
 from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
-from vitfreeze.config import Config, derive_accumulation
+from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import EvalLoader, TrainLoader
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine, Processes
 from vitfreeze.model import LocalMIM
-
-DS_CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
 def build_loader(
@@ -70,7 +68,7 @@ def open_training(
     meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())
     with meeting.fail_together():
         loader = build_loader(config, processes, transform=transform, num_classes=num_classes)
-        ds_config = json.loads(find_ds_config(config, processes.device).read_text())
+        ds_config = json.loads(find_ds_config(config, default=best_ds_config(processes.device)).read_text())
     meeting.check_agreement(run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config))
     return loader
 
@@ -145,17 +143,12 @@ def build_engine(
 
 def read_ds_config(config: Config, device: torch.device) -> Path | dict[str, Any]:
     """Return the DeepSpeed JSON; its content, with the recipe's clipping, if the recipe clips."""
-    path, clip_grad = find_ds_config(config, device), config.finetune.clip_grad
+    path, clip_grad = find_ds_config(config, default=best_ds_config(device)), config.finetune.clip_grad
     return path if clip_grad is None else {**json.loads(path.read_text()), "gradient_clipping": clip_grad}
 
 
-def find_ds_config(config: Config, device: torch.device) -> Path:
-    """Return the DeepSpeed JSON: a path, a name in ds_configs/, or ZeRO-1 in the best precision of the device."""
-    name = config.run.ds_config
-    if not name:
-        name = "cpu" if device.type == "cpu" else "zero1_bf16" if torch.cuda.is_bf16_supported(False) else "zero1_fp16"
-    path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in DS_CONFIG_FOLDER.glob("*.json")))
-        raise config.error("run.ds_config", f"a .json file that exists, or one of {names}")
-    return path
+def best_ds_config(device: torch.device) -> str:
+    """Return the name of the DeepSpeed JSON for runs that set none: ZeRO-1 in the best precision of the device."""
+    if device.type == "cpu":
+        return "cpu"
+    return "zero1_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16"

@@ -14,6 +14,7 @@ from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run
 from vitfreeze.model import LocalMIM
+from vitfreeze.planner import compare_with_measurement, format_comparison, plan
 from vitfreeze.plots import plot_run
 from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
 
@@ -37,8 +38,19 @@ def close_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: 
         f"board     tensorboard --logdir {directory / 'tensorboard'}",
         f"weights   {directory / 'checkpoints'}",
     ]
-    table = closing_table(read_json_lines(directory / "metrics.jsonl"))
-    logger.info("\n%s\n\n%s", table, "\n".join(lines))
+    metrics = read_json_lines(directory / "metrics.jsonl")
+    parts = [closing_table(metrics), hold_against_plan(config, directory, metrics), "\n".join(lines)]
+    logger.info("\n%s", "\n\n".join(part for part in parts if part))
+
+
+def hold_against_plan(config: Config, directory: Path, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Return the saving that the plan predicted beside the measured one; nothing for a run that froze nothing."""
+    if len({line["frozen_layers"] for line in metrics}) == 1 or metrics[0]["frozen_layers"] > 0:
+        return ""
+    events = read_json_lines(directory / "events.jsonl")
+    steps_per_epoch = round(metrics[-1]["step"] / metrics[-1]["epoch"])
+    prediction = plan(config, steps_per_epoch=steps_per_epoch, events=events)
+    return format_comparison(compare_with_measurement(prediction, metrics, events=events))
 
 
 def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) -> list[str]:
@@ -73,6 +85,6 @@ def closing_table(metrics: Sequence[Mapping[str, Any]]) -> str:
             row("images/s", "images_per_second", "{:.1f}".format),
             row("step time", "step_seconds", lambda seconds: f"{1000 * seconds:.0f} ms"),
             row("optimizer state per rank", "optimizer_state_bytes", format_bytes),
-            row("gradients reduced per step", "gradient_elements", "{:,}".format),
+            row("gradients reduced per step", "gradient_elements", lambda count: f"{count:,.0f}"),
         ]
     )

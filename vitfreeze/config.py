@@ -21,6 +21,7 @@ import yaml
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize, cell_sizes, tap_blocks
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
+DS_CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 Origins = Mapping[str, str]
 T = TypeVar("T")
 
@@ -332,6 +333,22 @@ def find_recipe(recipe: str | Path) -> Path:
     if not path.is_file():
         names = sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml"))
         raise ConfigError(f"there is no recipe {str(recipe)!r}; there are {', '.join(names)}, or give a .yaml file")
+    return path
+
+
+def find_ds_config(config: Config, *, default: str) -> Path:
+    """Return the DeepSpeed JSON of a run: a path, a name in ds_configs/, or the `default` name if none is set.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    name = config.run.ds_config or default
+    path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in DS_CONFIG_FOLDER.glob("*.json")))
+        raise config.error(
+            "run.ds_config", f"a .json file that exists, or one of {names or 'none: no ds_configs here'}"
+        )
     return path
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from vitfreeze.config import Config, ConfigError, derive_accumulation
+from vitfreeze.config import Config, ConfigError, derive_accumulation, find_ds_config
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, ModelCosts
 from vitfreeze.planner.measured import StepTimes
 from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
@@ -16,7 +15,6 @@ from vitfreeze.schedule import RunSchedule, build_schedule
 
 # The authors' 48 hours on one V100 for 100 epochs of LocalMIM ViT-B, at 31.2 GFLOP an image in their code.
 AUTHORS_TERAFLOPS = 23.2
-DS_CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_DS_CONFIG = "zero1_bf16"  # what a run takes on a GPU with bfloat16 when run.ds_config is empty
 
 
@@ -117,8 +115,7 @@ def read_machine(config: Config, *, world_size: int) -> Machine:
     """
     if world_size < 1:
         raise ConfigError(f"the number of ranks is {world_size}, but it must be at least 1")
-    name = config.run.ds_config or DEFAULT_DS_CONFIG
-    path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
+    path = find_ds_config(config, default=DEFAULT_DS_CONFIG)
     try:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
