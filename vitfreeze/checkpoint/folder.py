@@ -115,6 +115,11 @@ def find_checkpoint(place: str | Path) -> Checkpoint | None:
     return None
 
 
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Return the checkpoint folders in `parent` whose manifest can be read, what was written last first."""
+    return sort_checkpoints(parent)[0]
+
+
 def sort_checkpoints(parent: Path) -> tuple[list[Path], list[tuple[str, str]]]:
     """Return the checkpoint folders in `parent`, what was written last first, and those without a usable manifest.
 

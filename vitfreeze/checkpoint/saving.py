@@ -243,8 +243,8 @@ class CheckpointWriter:
                 if start < stop:
                     slices[group].append([_rank_file(rank), start, stop])
             (parts / _note_name(rank)).unlink()
-        newest, _ = folder.sort_checkpoints(self.parent)
-        serial = folder.read_manifest(newest[0])["serial"] + 1 if newest else 1
+        before = folder.list_checkpoints(self.parent)
+        serial = folder.read_manifest(before[0])["serial"] + 1 if before else 1
         groups = {name: {**group, "slices": slices[name]} for name, group in snapshot.content["groups"].items()}
         content = {**snapshot.content, "groups": groups, "files": files, "serial": serial}
         folder.write_manifest(parts, content)
@@ -257,8 +257,10 @@ class CheckpointWriter:
 
     def _delete_old(self) -> None:
         """Remove all but the newest checkpoints. One that is half removed never has the name of a whole one."""
-        readable, _ = folder.sort_checkpoints(self.parent)
-        for path in (*readable[self.keep :], *self.parent.glob(f"{folder.DAMAGED_PREFIX}*")):
+        for path in (
+            *folder.list_checkpoints(self.parent)[self.keep :],
+            *self.parent.glob(f"{folder.DAMAGED_PREFIX}*"),
+        ):
             try:
                 shutil.rmtree(path.rename(self.parent / f"{folder.DELETING_PREFIX}{path.name}"))
             except OSError as error:
