@@ -6,9 +6,11 @@ run the command line as a user's processes do.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,13 +38,25 @@ RECIPE: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# What a training process imports sooner or later.
+PRELOADED = (
+    "vitfreeze.train",
+    "vitfreeze.cli",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "torch.utils.cpp_extension",
+    "setuptools",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kill:
     """The instant at which a process ends itself by SIGKILL.
 
     `where` is `micro_batch` (of `step`, after the backward pass of its number `index`), `update` (right after the
     optimizer step of `step`), or a function of the save that begins when `step` steps have been taken, which is then
-    called and not returned from: `write_files`, `write_manifest`, `write_pointer` or `delete_old`.
+    called and not returned from: `write_files`, `write_manifest`, `write_pointer` or `delete_old`. With
+    `refuse_files` nothing dies, but files over 10 kB are refused from the save of `step` to that of step `index`.
     """
 
     where: str
@@ -100,17 +114,17 @@ class Bench:
         # The processes are to run on the CPU alike everywhere.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["vitfreeze.train", "vitfreeze.cli", "deepspeed", "matplotlib.pyplot"])
+        self._context.set_forkserver_preload(list(PRELOADED))
 
     def start(
-        self, run: str | Path, *overrides: str, ranks: int = 1, stage: int = 1, fresh: bool = False,
+        self, run: str | Path, *overrides: str, ranks: int = 1, stage: int | None = 1, fresh: bool = False,
         kill: Kill | None = None, kill_rank: int = 0,
     ) -> Job:  # fmt: skip
         """Start `vitfreeze pretrain` in the run folder of this name."""
         directory = self.folder / run
         log = self.folder / f"{Path(run).name}.log"
         arguments = ["pretrain", str(self.recipe), f"run.dir={directory}", *overrides]
-        arguments += [f"run.ds_config={self.folder / f'stage{stage}.json'}"]
+        arguments += [f"run.ds_config={self.folder / f'stage{stage}.json'}"] if stage is not None else []
         arguments += ["--fresh"] if fresh else []
         environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         processes: list[BaseProcess] = []
@@ -163,11 +177,18 @@ def _train(arguments: list[str], variables: dict[str, str], log: str, kill: Kill
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    gc.freeze()  # what the server imported is nobody's garbage; looking through it at every drop takes half a second
     if kill is not None:
         _arm(kill)
     from vitfreeze.cli import main
+    from vitfreeze.tasks import Pretraining
 
+    Pretraining.close = _close_nothing  # type: ignore[method-assign]
     main(arguments)
+
+
+def _close_nothing(task: Any, directory: Path, engine: Any) -> None:
+    """Stand in for exporting and plotting, which take longer than these runs and have tests of their own."""
 
 
 def _arm(kill: Kill) -> None:
@@ -203,6 +224,10 @@ def _arm(kill: Kill) -> None:
 
     def noting_start(self: Any, step: int, **options: Any) -> None:
         Clock.saving = step
+        if kill.where == "refuse_files":
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            refuses = kill.step <= step <= kill.index
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if refuses else hard, hard))
         start(self, step, **options)
 
     def dying(function: Any) -> Any:
@@ -221,7 +246,7 @@ def _arm(kill: Kill) -> None:
         setattr(CheckpointWriter, name, dying(getattr(CheckpointWriter, name)))
     elif kill.where in ("write_manifest", "write_pointer"):
         setattr(folder, kill.where, dying(getattr(folder, kill.where)))
-    elif kill.where not in ("micro_batch", "update"):
+    elif kill.where not in ("micro_batch", "update", "refuse_files"):
         raise ValueError(f"no such instant: {kill.where}")
 
 

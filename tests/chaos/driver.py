@@ -230,7 +230,7 @@ class Chaos:
 
     def fill_the_disk(self, this: Round, name: str) -> None:
         """Put the checkpoints on a small tmpfs, fill it while the run goes on, and make room again."""
-        if not (self.run_dir(this) / "config.yaml").is_file():
+        if not (self.run_dir(this) / "checkpoints").is_dir():
             self.ask_to_stop(this, name)
         if max(read_losses(self.run_dir(this)), default=0) >= TOTAL_STEPS - 3:
             return  # no save is to come but the last

@@ -1,0 +1,195 @@
+"""Requests to stop, hangs, and losses that are not finite. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_losses
+from test_survival_exact import assert_same_end
+
+from vitfreeze.survival import EXIT_HUNG, EXIT_STOPPED, LossGuard, StopSignals, Watchdog
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("survival"))
+
+
+def wait_for_step(bench: Bench, run: str, job: Job, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while max(read_losses(bench.folder / run), default=0) < step:
+        assert time.monotonic() < deadline, bench.log(run)
+        assert any(process.exitcode is None for process in job.processes), bench.log(run)
+        time.sleep(0.01)
+
+
+def in_child(function: Callable[[], None]) -> int:
+    """Run a function in a forked process and return its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_one_rank_hears_the_request_and_all_save_and_stop(bench: Bench) -> None:
+    for run, number, rank in (("usr1", signal.SIGUSR1, 1), ("term", signal.SIGTERM, 0)):
+        job = bench.start(run, "checkpoint.every=100 steps", ranks=2)
+        wait_for_step(bench, run, job, 2)
+        job.signal(number, ranks=[rank])
+        assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED], bench.log(run)
+        taken = max(read_losses(bench.folder / run))
+        assert newest_checkpoint(bench.folder / run).name == f"step-{taken:08d}"  # no step is lost
+        assert read_events(bench.folder / run, "stop")[0]["step"] == taken
+    assert bench.run("usr1", ranks=2) == [0, 0]
+    assert bench.run("term", ranks=2) == [0, 0]
+    assert_same_end(bench.folder / "usr1", bench.folder / "term")
+
+
+def test_the_launchers_sigterm_after_ctrl_c_is_no_second_ctrl_c(bench: Bench) -> None:
+    job = bench.start("interrupted")
+    wait_for_step(bench, "interrupted", job, 2)
+    job.signal(signal.SIGINT)
+    job.signal(signal.SIGTERM)
+    job.signal(signal.SIGINT)  # the terminal's, passed on once more by a launcher
+    assert job.wait() == [EXIT_STOPPED]
+
+
+def test_a_second_ctrl_c_stops_at_once_even_where_no_python_runs() -> None:
+    def wait_in_c() -> None:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.2)
+            assert signals.received == "SIGINT"
+            if os.fork() == 0:  # a helper that presses Ctrl-C once more while the parent waits in a lock
+                time.sleep(0.2)
+                os.kill(os.getppid(), signal.SIGINT)
+                os._exit(0)
+            os.read(os.pipe()[0], 1)
+
+    started = time.monotonic()
+    assert in_child(wait_in_c) == 130
+    assert time.monotonic() - started < 10
+
+
+def test_signal_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in StopSignals.SIGNALS]
+    with StopSignals() as signals:
+        assert signals.received == ""
+    assert [signal.getsignal(number) for number in StopSignals.SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_hang_is_reported_and_ends_the_job(tmp_path: Path) -> None:
+    def hang_in_here() -> None:
+        watchdog = Watchdog(
+            tmp_path, rank=3, minutes=0.3 / 60, exit_status=EXIT_HUNG, grace_seconds=0.1,
+            on_hang=lambda step: (tmp_path / "told").write_text(str(step)) and None,
+        )  # fmt: skip
+        with watchdog:
+            watchdog.beat(17)
+            time.sleep(30)
+
+    assert in_child(hang_in_here) == EXIT_HUNG
+    report = (tmp_path / "hang-rank-00003.txt").read_text()
+    assert "rank 3: no step ended for 0.005 minutes; 17 steps were taken" in report
+    assert "hang_in_here" in report
+    assert (tmp_path / "told").read_text() == "17"
+
+
+def test_beats_keep_the_watchdog_quiet(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, rank=0, minutes=0.6 / 60, exit_status=EXIT_HUNG) as watchdog:
+        for step in range(12):
+            time.sleep(0.1)
+            watchdog.beat(step)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_stands_still_is_found_by_the_other(bench: Bench) -> None:
+    job = bench.start("hung", "run.watchdog_minutes=0.1", ranks=2)
+    wait_for_step(bench, "hung", job, 4)
+    job.signal(signal.SIGSTOP, ranks=[1])
+    job.processes[0].join(60)
+    job.kill()
+    assert job.processes[0].exitcode == EXIT_HUNG, bench.log("hung")
+    report = (bench.folder / "hung" / "hang-rank-00000.txt").read_text()
+    assert "take_step" in report or "end_step" in report or "freeze" in report
+    assert read_events(bench.folder / "hung", "hang")[0]["step"] >= 3
+    assert bench.run("hung", ranks=2) == [0, 0]
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_is_from_before(bench: Bench) -> None:
+    """A learning rate beyond all reason spoils the weights as a real divergence does."""
+    assert bench.run("diverged", "optim.blr=1e30", "optim.warmup=2 steps", "checkpoint.every=1 steps", ranks=2) == [
+        1,
+        1,
+    ]
+    failure = read_events(bench.folder / "diverged", "failure")[0]
+    assert failure["reason"] == "loss_not_finite"
+    assert failure["ranks"] == [0, 1]
+    for rank in failure["ranks"]:
+        path = bench.folder / "diverged" / "failures" / f"step-{failure['step']:08d}-rank-{rank:05d}.json"
+        facts = json.loads(path.read_text())
+        assert [len(batch["keys"]) for batch in facts["micro_batches"]] == [4]
+        assert any(value in ("nan", "inf") for batch in facts["micro_batches"] for value in batch["losses"].values())
+    saved = int(newest_checkpoint(bench.folder / "diverged").name.removeprefix("step-"))
+    assert saved <= failure["step"]
+    assert f"the loss of step {failure['step']} was not finite" in bench.log("diverged")
+
+
+def test_overflows_are_counted_and_too_many_in_a_row_end_the_run(bench: Bench) -> None:
+    """bf16 with overflow checks: gradients that are not finite change nothing, and are counted."""
+    config = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "gradient_clipping": 0}
+    (bench.folder / "bf16.json").write_text(json.dumps(config))
+    status = bench.run(
+        "overflow", "optim.blr=1e30", "optim.warmup=2 steps", "run.max_skipped_steps=3",
+        f"run.ds_config={bench.folder / 'bf16.json'}", stage=None,
+    )  # fmt: skip
+    assert status == [1]
+    skipped = read_events(bench.folder / "overflow", "skipped")
+    assert len(skipped) == 4
+    failure = read_events(bench.folder / "overflow", "failure")[0]
+    assert (failure["reason"], failure["skipped"]) == ("skipped_steps", 4)
+    assert "4 steps in a row were skipped" in bench.log("overflow")
+
+
+def test_a_full_disk_does_not_end_the_run(bench: Bench) -> None:
+    """The system refuses files over a size, as a disk that is full would; later there is room again."""
+    job = bench.start("full", kill=Kill(where="refuse_files", step=3, index=6))
+    assert job.wait() == [0], bench.log("full")
+    failed = read_events(bench.folder / "full", "save_failed")
+    assert [event["step"] for event in failed] == [3, 6]
+    assert "could not be saved" in bench.log("full")
+    assert read_events(bench.folder / "full", "save")[-1]["step"] == 16
+
+
+def test_the_guard_judges_a_step_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:
+    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1)
+    for step, loss in enumerate((1.0, float("inf"), 1.0)):
+        guard.add(step, keys=["a"], losses={"loss": torch.tensor(loss)})
+        guard.close_step(was_skipped=False)
+        assert guard.find_failure(include_last=False) == (1 if step == 2 else None)
+    assert "step-00000001-rank-00000.json" in guard.describe(1).name
+
+
+def test_the_guard_judges_the_last_step_on_demand_and_forgives_skipped_ones(tmp_path: Path) -> None:
+    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1)
+    guard.add(0, keys=["a"], losses={"loss": torch.tensor(float("nan"))})
+    guard.close_step(was_skipped=True)
+    assert guard.find_failure(include_last=True) is None
+    assert not guard.has_skipped_too_often
+    guard.add(1, keys=["a"], losses={"loss": torch.tensor(float("nan"))})
+    guard.close_step(was_skipped=False)
+    assert guard.find_failure(include_last=False) is None
+    assert guard.find_failure(include_last=True) == 1
