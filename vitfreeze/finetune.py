@@ -29,10 +29,10 @@ from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.export import export_run
 from vitfreeze.plots import plot_run
-from vitfreeze.pretrained import Pretrained, encoder_weights, read_pretrained
+from vitfreeze.pretrained import encoder_weights
 from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import RunSchedule, build_schedule
-from vitfreeze.tasks import refuse_settings
+from vitfreeze.tasks import read_beginning, refuse_settings
 from vitfreeze.train import run_task
 
 logger = logging.getLogger("vitfreeze")
@@ -77,7 +77,8 @@ class Finetuning:
     """Classification of labelled images.
 
     Raises:
-        ConfigError: settings of pre-training are given, validation is never due, or a policy that timm does not know.
+        ConfigError: settings of pre-training are given, validation is never due, `model.init_from` cannot be used, or
+            timm does not know the policy.
     """
 
     picture = ""
@@ -92,6 +93,7 @@ class Finetuning:
             )
         if not config.data.val:
             raise config.error("data.val", "labelled validation shards")
+        self._beginning = read_beginning(config)
         self.num_classes: int | None = settings.num_classes
         self.transform: Transform | None = self._build_transform()
         self.mixing = BatchMixing(
@@ -125,8 +127,7 @@ class Finetuning:
         """Return the classifier; a new run begins with the encoder that `model.init_from` names.
 
         Raises:
-            ConfigError: those weights are of another size.
-            ValueError: there are none, or they do not fit.
+            ValueError: its tensors do not fit.
         """
         config, settings = self.config, self.config.finetune
         torch.manual_seed(config.run.seed)
@@ -139,29 +140,14 @@ class Finetuning:
             activation_checkpointing=config.model.activation_checkpointing,
             average_decay=settings.model_ema_decay,
         )
-        if is_new and config.model.init_from:
-            pretrained = read_pretrained(config.model.init_from)
-            self._check_size(pretrained)
-            if not pretrained.is_finished:
-                logger.warning("fine-tuning begins with %s, which has not finished", pretrained.origin)
-            model.load_encoder(encoder_weights(pretrained))
-            logger.info("fine-tuning begins with %s", pretrained.origin)
+        if is_new and self._beginning is not None:
+            model.load_encoder(encoder_weights(self._beginning))
+            logger.info("fine-tuning begins with %s", self._beginning.origin)
         elif is_new:
             logger.warning("fine-tuning begins with random weights, because model.init_from is empty")
         if config.model.compile:
             model.compile_parts()
         return model
-
-    def _check_size(self, pretrained: Pretrained) -> None:
-        mine, theirs = self.config.model.resolve(), pretrained.size
-        pairs = [
-            ("img_size", self.config.model.img_size, pretrained.img_size),
-            *((name, getattr(mine, name), getattr(theirs, name)) for name in ("patch_size", "embed_dim", "depth")),
-            *((name, getattr(mine, name), getattr(theirs, name)) for name in ("num_heads", "mlp_ratio")),
-        ]
-        differing = [f"{name} {other:g} there and {own:g} here" for name, own, other in pairs if own != other]
-        if differing:
-            raise self.config.error("model.init_from", f"weights of this model's size, not with {', '.join(differing)}")
 
     def forward(
         self, engine: FreezingEngine, batch: Batch, *, schedule: RunSchedule, step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES
 from vitfreeze.assembly import build_model, open_split
+from vitfreeze.checkpoint.folder import FOLDER_NAME, sort_checkpoints
 from vitfreeze.classifier import Classifier
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, settings
@@ -19,9 +21,10 @@ from vitfreeze.engine import FreezingEngine
 from vitfreeze.evaluate.probe import Probe
 from vitfreeze.evaluate.visual import draw_figure, make_panels, to_pixels
 from vitfreeze.model import LocalMIM
-from vitfreeze.pretrained import load_encoder, read_pretrained
+from vitfreeze.pretrained import Pretrained, load_encoder, read_pretrained
 from vitfreeze.schedule import RunSchedule, build_schedule
 
+logger = logging.getLogger("vitfreeze")
 SHOWN_IMAGES = 4
 
 
@@ -68,7 +71,7 @@ class Pretraining:
     """LocalMIM: reconstruct what is masked.
 
     Raises:
-        ConfigError: settings of fine-tuning are given.
+        ConfigError: settings of fine-tuning are given, or `model.init_from` cannot be used.
     """
 
     picture = "reconstruction"
@@ -78,6 +81,7 @@ class Pretraining:
     def __init__(self, config: Config) -> None:
         self.config = config
         refuse_settings(config, ("finetune.",), task="pretrain")
+        self._beginning = read_beginning(config)
         self._probe: Probe | None = None
         self._shown: Tensor | None = None
 
@@ -88,8 +92,9 @@ class Pretraining:
     def build_model(self, *, is_new: bool) -> LocalMIM:
         """Return a LocalMIM; a new run begins with `model.init_from`, if that is set."""
         model = build_model(self.config)
-        if is_new and self.config.model.init_from:
-            load_encoder(model, read_pretrained(self.config.model.init_from).weights)
+        if is_new and self._beginning is not None:
+            load_encoder(model, self._beginning.weights)
+            logger.info("pre-training begins with %s", self._beginning.origin)
         return model
 
     def forward(
@@ -129,6 +134,31 @@ class Pretraining:
     def close(self, directory: Path, engine: FreezingEngine) -> None:
         """Export the encoder, compare it with a random one, plot, and print the closing table."""
         close_run(self.config, directory, model=engine.module, fresh_model=build_model(self.config))
+
+
+def read_beginning(config: Config) -> Pretrained | None:
+    """Read `model.init_from`, if it is set and the run has not begun; the run folder is not touched.
+
+    Raises:
+        ConfigError: there are no weights that can be used, or they are of another size.
+    """
+    directory = Path(config.run.dir or f"runs/{config.recipe}")
+    if not config.model.init_from or sort_checkpoints(directory / FOLDER_NAME)[0]:
+        return None
+    try:
+        found = read_pretrained(config.model.init_from)
+    except ValueError as error:
+        raise config.error("model.init_from", f"weights that can be read, and {error}") from None
+    mine, theirs = config.model.resolve(), found.size
+    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in names]
+    pairs.append(("img_size", found.img_size, config.model.img_size))
+    differing = [f"{name} {there:g} there and {here:g} here" for name, there, here in pairs if there != here]
+    if differing:
+        raise config.error("model.init_from", f"weights of this model's size, not with {', '.join(differing)}")
+    if not found.is_finished:
+        logger.warning("the run that model.init_from names has not finished: these are its weights at %s", found.origin)
+    return found
 
 
 def refuse_settings(config: Config, prefixes: tuple[str, ...], *, task: str) -> None:
