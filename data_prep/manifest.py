@@ -6,6 +6,7 @@ files are written, `manifest.json` last, and the journal goes away.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -101,7 +102,8 @@ class Journal:
         elif not (folder / JOURNAL).exists():
             _refuse_foreign_files(folder)
         try:
-            self._file = open(folder / JOURNAL, "a+b")  # noqa: SIM115  # closed by __exit__
+            # without a buffer, so that nothing is left to be written when the file is closed after an error
+            self._file = open(folder / JOURNAL, "a+b", buffering=0)  # noqa: SIM115  # closed by __exit__
         except OSError as error:
             raise OutputError(f"cannot write into {folder}: {error.strerror}.") from error
         try:
@@ -165,9 +167,10 @@ class Journal:
             raise InputError(f"{self.folder / JOURNAL} is damaged: delete the folder and start again.") from error
 
     def _append(self, line: Mapping[str, Any]) -> None:
+        data = json.dumps(line).encode("ascii") + b"\n"
         try:
-            self._file.write(json.dumps(line).encode("ascii") + b"\n")
-            self._file.flush()
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self.folder / JOURNAL}: {error.strerror}.") from error

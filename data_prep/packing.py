@@ -87,12 +87,11 @@ class PackSummary:
         reencoded = sum(entry.num_reencoded for entry in shards)
         skipped = sum(len(entry.skipped) for entry in shards)
         if disguised:
-            lines.append(f"{disguised} images are of another format than their name says: named by their content")
+            lines.append(f"named by their content because their extension tells another format: {disguised}")
         if reencoded:
-            lines.append(f"{reencoded} images were shrunk or converted")
-        lines.append(
-            f"{skipped} images were left out because they do not decode" + (": see skipped.jsonl" * bool(skipped))
-        )
+            lines.append(f"shrunk or converted: {reencoded}")
+        see = ", see skipped.jsonl" if skipped else ""
+        lines.append(f"left out because they do not decode: {skipped}{see}")
         return "\n".join(lines)
 
 

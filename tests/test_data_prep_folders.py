@@ -100,9 +100,9 @@ def test_odd_names_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert {line["filename"] for line in skipped} == {"dog/half.jpg", "dog/empty.jpg"}
     assert all(line["reason"] and line["split"] == "train" for line in skipped)
-    assert "2 images were left out" in said
+    assert "left out because they do not decode: 2" in said
     assert "1 other files" in said
-    assert "1 images are of another format" in said
+    assert "their extension tells another format: 1" in said
     assert json.loads((out / "_info.json").read_text())["splits"]["train"]["num_samples"] == 7
     assert main(["verify", str(out), "--workers", "1"]) == 0
 

@@ -18,12 +18,12 @@ from data_prep.catalogue import clean_key, number_repeated
 from data_prep.workers import run_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ["demo", "--samples", "480", "--size", "32", "--samples-per-shard", "24"]
+DEMO = ["demo", "--samples", "960", "--size", "32", "--samples-per-shard", "24"]
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 from data_prep.__main__ import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on(reference: Path, tmp_path: Path, workers: int, si
         assert "Traceback" not in errors
         assert not list(out.glob(".*.partial"))
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert len(finished) < 20
+    assert len(finished) < 40
     assert not (out / "manifest.json").exists()
     assert main([*command[:-1], "1"]) == 0
     assert contents(out) == contents(reference)
@@ -118,7 +118,7 @@ def test_a_torn_line_in_the_journal_costs_one_shard(
     (out / "packing.jsonl").write_text("\n".join(lines)[:-10])
     (out / ".demo-train-0005.tar.1.partial").write_bytes(b"half")
     assert main([*DEMO, "--out", str(out)]) == 0
-    assert "2 of 20 shards were there already" in capsys.readouterr().out
+    assert "2 of 40 shards were there already" in capsys.readouterr().out
     assert contents(out) == contents(reference)
 
 
@@ -126,7 +126,7 @@ def test_second_run_only_checks(reference: Path, capsys: pytest.CaptureFixture[s
     before = contents(reference)
     times = {path: path.stat().st_mtime_ns for path in reference.glob("*.tar")}
     assert main([*DEMO, "--out", str(reference)]) == 0
-    assert "20 of 20 shards were there already" in capsys.readouterr().out
+    assert "40 of 40 shards were there already" in capsys.readouterr().out
     assert contents(reference) == before
     assert {path: path.stat().st_mtime_ns for path in reference.glob("*.tar")} == times
 
@@ -176,7 +176,7 @@ def test_a_failed_write_leaves_whole_shards_only(reference: Path, tmp_path: Path
     """A limit on the size of files makes the system refuse a write, as a full disk does."""
     command = ["demo", "--samples", "480", "--size", "32", "--samples-per-shard", "64", "--workers", workers]
     out = tmp_path / "out"
-    process = start(["-c", LIMITED, *command, "--out", str(out)])
+    process = start(["-c", LIMITED, "100000", *command, "--out", str(out)])
     _, errors = process.communicate()
     assert process.returncode == 2
     assert "Traceback" not in errors
@@ -188,6 +188,17 @@ def test_a_failed_write_leaves_whole_shards_only(reference: Path, tmp_path: Path
     wait_until(lambda: not members_of_session(process.pid), seconds=10)
     assert main([*command[:-1], "1", "--out", str(out)]) == 0
     assert main(["verify", str(out), "--workers", "1"]) == 0
+
+
+def test_a_journal_that_cannot_be_written(reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(["-c", LIMITED, "300", *DEMO, "--out", str(out)])
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert f"error: cannot write {out / 'packing.jsonl'}" in errors
+    assert main([*DEMO, "--out", str(out)]) == 0
+    assert contents(out) == contents(reference)
 
 
 def test_two_runs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
