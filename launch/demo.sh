@@ -12,5 +12,4 @@ say "Drawing labelled images and packing them as WebDataset shards in shards/dem
 python -m data_prep demo --out shards/demo
 
 say "Pre-training in $(count_ranks) processes; the run folder is runs/demo"
-run_and_forward_signals deepspeed --num_accelerators "$(count_ranks)" --master_port "$(find_free_port)" \
-    --log_level error --no_local_rank --module vitfreeze pretrain demo "$@"
+run_on_this_machine pretrain demo "$@"
