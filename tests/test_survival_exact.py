@@ -49,6 +49,7 @@ def run_through(bench: Bench, run: str, kills: list[Kill], **options: int) -> No
 
 def test_kills_around_a_freeze_in_an_accumulation_and_in_saves(bench: Bench) -> None:
     boundary = freeze_steps(bench.folder / "undisturbed")[0]
+    assert 3 < boundary - 1 < boundary < 9
     kills = [
         Kill(where="micro_batch", step=1, index=0),  # nothing saved yet
         Kill(where="write_files", step=3),
@@ -58,13 +59,13 @@ def test_kills_around_a_freeze_in_an_accumulation_and_in_saves(bench: Bench) -> 
         Kill(where="micro_batch", step=boundary, index=0),
         Kill(where="update", step=boundary),
         Kill(where="delete_old", step=9),
-        Kill(where="micro_batch", step=boundary + 1 if boundary >= 9 else 10, index=1),
+        Kill(where="micro_batch", step=10, index=1),
     ]
     run_through(bench, "killed", kills)
     resumed = [event["step"] for event in read_events(bench.folder / "killed", "resume")]
-    assert len(resumed) == len(kills) - 3 + 1  # the first three left nothing to go on from
-    assert resumed == sorted(resumed)
-    assert resumed[0] == 3
+    assert len(resumed) == len(kills) - 3  # the first three left nothing to go on from
+    assert resumed[:3] == [3, 3, boundary - boundary % 3]
+    assert resumed[-2:] == [9, 9]
     assert_same_end(bench.folder / "killed", bench.folder / "undisturbed")
 
 
@@ -82,7 +83,7 @@ def test_kills_before_at_and_after_every_freeze(bench: Bench) -> None:
         assert_same_end(bench.folder / f"freezes-{number}", bench.folder / "undisturbed")
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_two_ranks_are_exact_in_every_stage(bench: Bench, stage: int) -> None:
     assert bench.run(f"two-{stage}", ranks=2, stage=stage) == [0, 0]
     run_through(bench, f"two-killed-{stage}", [Kill(where="micro_batch", step=10, index=0)], ranks=2, stage=stage)
