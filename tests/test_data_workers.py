@@ -1,0 +1,116 @@
+"""Worker processes end when they should, and quietly."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_shards import write_shards
+
+from vitfreeze.data import TrainLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PROGRAM = """
+import sys
+from vitfreeze.data import TrainLoader
+loader = TrainLoader(sys.argv[1], img_size=16, num_patches=4, global_batch=4, micro_batch=4, workers=2,
+                     cache_dir=sys.argv[2])
+try:
+    for batch in loader.batches(0, 10**9):
+        if batch.step == 20:
+            print("running", flush=True)
+except KeyboardInterrupt:
+    print("interrupted at a step of our own choosing", flush=True)
+"""
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards", [30, 30])
+
+
+def make_loader(shards: Path, **settings: object) -> TrainLoader:
+    defaults = {"img_size": 16, "num_patches": 4, "global_batch": 4, "micro_batch": 4, "workers": 2}
+    return TrainLoader(shards, **(defaults | {"cache_dir": shards.parent / "cache"} | settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.distributed
+def test_workers_end_with_their_main_process(shards: Path, tmp_path: Path) -> None:
+    """After Ctrl-C, which a terminal sends to everyone but only the main process heeds; and when that one is killed."""
+    interrupted, killed = (
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(shards), str(tmp_path / "cache")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    )
+    workers = []
+    for process in (interrupted, killed):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        workers += psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 4
+
+    os.killpg(interrupted.pid, signal.SIGINT)
+    killed.kill()
+    out, errors = interrupted.communicate(timeout=60)
+    assert out == "interrupted at a step of our own choosing\n"
+    assert "Traceback" not in errors
+    assert interrupted.returncode == 0
+    killed.communicate(timeout=60)
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def test_stopping_early_ends_the_workers(shards: Path) -> None:
+    batches = make_loader(shards).batches(0, 1000)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_stay_across_epochs(shards: Path) -> None:
+    loader = make_loader(shards)
+    seen = set()
+    for batch in loader.batches(0, 3 * loader.steps_per_epoch):
+        seen.add(tuple(sorted(child.pid or 0 for child in multiprocessing.active_children())))
+        last = batch
+    assert last.epoch == 2
+    assert len({pids for pids in seen if len(pids) == 2}) == 1
+
+
+def test_batches_may_be_kept(shards: Path) -> None:
+    """The ring is used again many times over; what was handed out must not change."""
+    loader = make_loader(shards, prefetch=1)
+    kept = [(batch, batch.images.clone(), batch.noise.clone()) for batch in loader.batches(0, 40)]
+    for batch, images, noise in kept:
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.noise, noise)
+    alone = list(make_loader(shards, workers=0).batches(0, 40))
+    for (batch, _, _), expected in zip(kept, alone, strict=True):
+        assert torch.equal(batch.images, expected.images)
+
+
+@pytest.mark.parametrize("slow", ["reader", "worker"])
+def test_ring_never_overtakes(shards: Path, slow: str) -> None:
+    """Whoever waits for whom, a slot is filled again only after its batch was copied out."""
+    expected = [batch.images for batch in make_loader(shards, workers=0).batches(0, 30)]
+    settings = {"workers": 3 if slow == "reader" else 1, "prefetch": 2}
+    for batch, images in zip(make_loader(shards, **settings).batches(0, 30), expected, strict=True):
+        if slow == "reader":
+            time.sleep(0.01)
+        assert torch.equal(batch.images, images)
