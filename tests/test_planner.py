@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -68,19 +69,24 @@ def _count_attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: A
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# FlopCounterMode knows the fused attention of GPUs but not that of CPUs, which makes the same products.
-CPU_ATTENTION = {
+def _count_linear(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(inputs) * weight[0])
+
+
+# FlopCounterMode does not know the fused attention of CPUs, nor their linear layers of frozen blocks.
+CPU_PRODUCTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
+    torch.ops.mkldnn._linear_pointwise: _count_linear,
 }
 
 
 def count_flops(model: LocalMIM, *, frozen_layers: int, batch: int) -> tuple[float, float]:
     """Operations per image of the forward and of the backward pass, as torch counts them."""
     images = torch.randn(batch, 3, model.img_size, model.img_size)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
+    with FlopCounterMode(display=False, custom_mapping=CPU_PRODUCTS) as forward:
         output = model(images, frozen_layers=frozen_layers)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as backward:
+    with FlopCounterMode(display=False, custom_mapping=CPU_PRODUCTS) as backward:
         output.loss.backward()
     return forward.get_total_flops() / batch, backward.get_total_flops() / batch
 

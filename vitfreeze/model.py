@@ -89,6 +89,47 @@ def _take(x_BND: Tensor, index_BM: Tensor) -> Tensor:
     return x_BND.gather(1, index_BM[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 
+class EncoderBlock(Block):
+    """timm's block, with a cheaper way to run it when it is frozen."""
+
+    def forward(self, tokens_BND: Tensor, frozen: bool = False) -> Tensor:
+        """Map (B, N, D) to (B, N, D); a frozen block keeps nothing for its own weights.
+
+        If something below a frozen block still trains, its gradient goes through, past the block's weights.
+        """
+        if not frozen:
+            return super().forward(tokens_BND)
+        if tokens_BND.requires_grad and torch.is_grad_enabled():
+            detached = {name: weight.detach() for name, weight in self.named_parameters()}
+            return cast(Tensor, functional_call(self, detached, (tokens_BND,)))
+        with torch.no_grad():
+            return self._run_on_onednn(tokens_BND) if _fits_onednn(tokens_BND) else super().forward(tokens_BND)
+
+    def _run_on_onednn(self, tokens_BND: Tensor) -> Tensor:
+        """Do what timm's block does, with the operator that torch.compile emits for linear layers on a CPU.
+
+        It has no gradient, so that only frozen blocks can use it, but its products take a tenth to a fifth less time
+        than those of `F.linear`, and products are nearly all that a frozen block costs.
+        """
+        attention, mlp = self.attn, self.mlp
+        qkv = _multiply(self.norm1(tokens_BND), attention.qkv).unflatten(-1, (3, attention.num_heads, -1))
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        tokens_BND = _multiply(mixed.transpose(1, 2).flatten(2), attention.proj).add_(tokens_BND)
+        hidden = _multiply(self.norm2(tokens_BND), mlp.fc1, activation="gelu")
+        return _multiply(hidden, mlp.fc2).add_(tokens_BND)
+
+
+def _fits_onednn(tokens: Tensor) -> bool:
+    plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32
+    free = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return plain and free and torch.backends.mkldnn.is_available()
+
+
+def _multiply(x: Tensor, layer: nn.Linear, activation: str = "none") -> Tensor:
+    variant = "none" if activation == "gelu" else ""
+    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], variant)
+
+
 class DecoderBlock(Block):
     """timm's block, able to compute only the outputs that somebody reads."""
 
@@ -354,7 +395,7 @@ class LocalMIM(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(self.grid_size, embed_dim))
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
+            EncoderBlock(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
         )
         self.heads = nn.ModuleList(
             Head(
@@ -499,7 +540,7 @@ class LocalMIM(nn.Module):
         for number, block in enumerate(self.blocks[: max(wanted)], start=1):
             tokens_BND = tokens_BND.to(cast(Block, block).norm1.weight.dtype)
             if number < frozen_layers:
-                tokens_BND = _run_frozen(block, tokens_BND)
+                tokens_BND = block(tokens_BND, frozen=True)
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 tokens_BND = checkpoint(block, tokens_BND, use_reentrant=False)
             else:
@@ -574,15 +615,6 @@ class LocalMIM(nn.Module):
         """
         for part in (*self.blocks, *self.heads):
             part.compile(**options)
-
-
-def _run_frozen(block: nn.Module, tokens_BND: Tensor) -> Tensor:
-    """Run a frozen block: without a graph, or, if something below still trains, with one past its weights."""
-    if tokens_BND.requires_grad and torch.is_grad_enabled():
-        detached = {name: weight.detach() for name, weight in block.named_parameters()}
-        return cast(Tensor, functional_call(block, detached, (tokens_BND,)))
-    with torch.no_grad():
-        return cast(Tensor, block(tokens_BND))
 
 
 def check_state(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], *, strict: bool = True) -> None:
