@@ -6,6 +6,7 @@ The processes are forked from a server that has imported torch and DeepSpeed, so
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -72,6 +73,7 @@ def _run_rank(
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays, so collections need not walk it
     try:
         result = function(*arguments)
     except BaseException:
