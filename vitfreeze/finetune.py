@@ -81,6 +81,7 @@ class Finetuning:
             timm does not know the policy.
     """
 
+    description = "fine-tuning"
     picture = ""
 
     def __init__(self, config: Config) -> None:

@@ -60,7 +60,8 @@ def plot_run(run_dir: Path, path: Path) -> Path:
         raise ConfigError(f"{run_dir} holds no metrics.jsonl with a logged step, so there is nothing to draw")
     events = read_json_lines(run_dir / "events.jsonl")
     config = load_config(run_dir / "config.yaml")
-    figure, axes = _new_figure(rows=4, columns=2, size=(12, 13), heights=(1, 1, 1, 1))
+    rows = 3 if _is_finetuning(metrics) else 4
+    figure, axes = _new_figure(rows=rows, columns=2, size=(12, 3.25 * rows), heights=(1,) * rows)
     steps = [line["step"] for line in metrics]
     _draw_losses(axes[0][0], axes[0][1], metrics)
     _draw_logged_rates(axes[1][0], metrics, depth=config.model.resolve().depth)
@@ -69,14 +70,18 @@ def plot_run(run_dir: Path, path: Path) -> Path:
     _draw_series(axes[2][0], steps, [line["images_per_second"] for line in metrics], label="images per second")
     megabytes = [line["optimizer_state_bytes"] / 2**20 for line in metrics]
     _draw_staircase(axes[2][1], steps, megabytes, label="optimizer state per rank (MiB)")
-    comparison = _compare(config, metrics, events)
-    _draw_comparison(axes[3][0], axes[3][1], comparison)
+    if not _is_finetuning(metrics):  # the plan is one of pre-training
+        _draw_comparison(axes[3][0], axes[3][1], _compare(config, metrics, events))
     for axis in [axis for row in axes[:3] for axis in row]:
         _mark_freezes(axis, metrics)
         axis.set_xlabel("step")
         axis.set_xlim(0, steps[-1])
     figure.suptitle(f"{run_dir.resolve().name}: {config.model.size}, {steps[-1]:,} steps", x=0.01, ha="left")
     return _save(figure, path)
+
+
+def _is_finetuning(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    return "classifier" in metrics[-1]["lr"]
 
 
 def _compare(config: Config, metrics: Sequence[Mapping[str, Any]], events: Sequence[dict[str, Any]]) -> Comparison:
@@ -164,8 +169,22 @@ def _draw_losses(total: Axes, scales: Axes, metrics: Sequence[Mapping[str, Any]]
             steps, losses = [line["step"] for line in lines], [line["losses"][scale] for line in lines]
             scales.plot(steps, losses, color=color, linestyle=dashes, linewidth=1.4, label=f"{scale} x the patch grid")
     scales.set_ylabel("loss of each scale")
-    scales.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize="small")
+    if not scales.lines:
+        _draw_accuracy(scales, metrics)
+    scales.legend(
+        loc="best" if not metrics[-1]["losses"] else "upper right", edgecolor="none", framealpha=0.9, fontsize="small"
+    )
     scales.grid(axis="y", color=SHADE)
+
+
+def _draw_accuracy(axis: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what fine-tuning measured on its validation images, where pre-training has the losses of its scales."""
+    lines = [line for line in metrics if "top1" in line.get("eval", {})]
+    for name, color in (("top1", INK), ("ema_top1", ACCENT), ("top5", "#0072B2")):
+        values = [100 * line["eval"][name] for line in lines if name in line["eval"]]
+        if values:
+            axis.plot([line["step"] for line in lines], values, color=color, marker=".", label=name)
+    axis.set_ylabel("validation accuracy (%)")
 
 
 def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, depth: int) -> None:
@@ -175,10 +194,12 @@ def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, dept
         lines = [line for line in metrics if line["lr"].get(name, 0.0) > 0]
         rates = [line["lr"][name] for line in lines]
         axis.plot([line["step"] for line in lines], rates, color=colors(layer), linewidth=1.2)
-    last_head = f"head_{len(tap_blocks(depth)) - 1}"
-    lines = [line for line in metrics if last_head in line["lr"]]
-    rates = [line["lr"][last_head] for line in lines]
-    axis.plot([line["step"] for line in lines], rates, color=INK, linestyle="--", linewidth=1.2, label="heads")
+    rest, label = f"head_{len(tap_blocks(depth)) - 1}", "heads"
+    if _is_finetuning(metrics):
+        rest, label = "classifier", "classifier"
+    lines = [line for line in metrics if rest in line["lr"]]
+    rates = [line["lr"][rest] for line in lines]
+    axis.plot([line["step"] for line in lines], rates, color=INK, linestyle="--", linewidth=1.2, label=label)
     axis.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize="small")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")

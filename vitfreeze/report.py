@@ -138,7 +138,9 @@ class Reporter:
     because those steps will be taken again.
     """
 
-    def __init__(self, run_dir: Path, *, rank: int, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, rank: int, start_step: int, total_steps: int, description: str = "pre-training"
+    ) -> None:
         self.run_dir = run_dir
         self._active = rank == 0
         if not self._active:
@@ -152,7 +154,7 @@ class Reporter:
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         self._bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", desc="pre-training", dynamic_ncols=True,
+            total=total_steps, initial=start_step, unit="step", desc=description, dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )  # fmt: skip
 

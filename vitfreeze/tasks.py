@@ -35,9 +35,11 @@ class Task(Protocol):
         config: the settings of the run.
         transform: makes a training image; None: the random crop of the settings.
         num_classes: labels must exist and be smaller; None: labels are not looked at.
+        description: what the progress bar calls it.
         picture: name of what `draw` shows.
     """
 
+    description: str
     picture: str
     config: Config
     transform: Transform | None
@@ -74,6 +76,7 @@ class Pretraining:
         ConfigError: settings of fine-tuning are given, or `model.init_from` cannot be used.
     """
 
+    description = "pre-training"
     picture = "reconstruction"
     transform: Transform | None = None
     num_classes: int | None = None

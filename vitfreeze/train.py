@@ -49,7 +49,10 @@ def run_task(task: Task, *, fresh: bool) -> int:
         meter = Meter()
         if checkpoint:
             meter.load_state(load_checkpoint(checkpoint, engine))
-        reporter = Reporter(directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps)
+        reporter = Reporter(
+            directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps,
+            description=task.description,
+        )  # fmt: skip
         report_start(start, reporter)
         run = Run(
             task=task, config=config, directory=directory, loader=loader, schedule=schedule, engine=engine,
