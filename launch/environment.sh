@@ -44,8 +44,10 @@ install_environment() {
     fi
     say "Installing vitfreeze with the versions of constraints.txt (several GB the first time, some minutes)"
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
-        "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --force-reinstall \
-            --index-url "$TORCH_INDEX_URL" --constraint "$root/constraints.txt" torch torchvision
+        # pip prefers 2.14.1+cu126 of that index to the plain 2.14.1, but not when this is installed already
+        "$venv/bin/python" -m pip uninstall --quiet --yes torch torchvision
+        "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --extra-index-url "$TORCH_INDEX_URL" \
+            --constraint "$root/constraints.txt" torch torchvision
     fi
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --constraint "$root/constraints.txt" \
         --editable "${root}[test]"
