@@ -36,7 +36,7 @@ class Task(Protocol):
         transform: makes a training image; None: the random crop of the settings.
         num_classes: labels must exist and be smaller; None: labels are not looked at.
         description: what the progress bar calls it.
-        picture: name of what `draw` shows.
+        picture: name of what `draw` shows; empty: nothing.
     """
 
     description: str

@@ -101,7 +101,8 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
             done = step + 1
             last = done == total_steps
             freezes_next = not last and schedule.frozen_layers(done) != schedule.frozen_layers(step)
-            evaluates, shows = run.is_due(config.eval.every, done), run.is_due(config.run.show_every, done)
+            evaluates = run.is_due(config.eval.every, done)
+            shows = bool(run.task.picture) and run.is_due(config.run.show_every, done)
             if done % config.run.log_every_steps == 0 or freezes_next or evaluates or shows or last:
                 run.log_metrics(step, evaluate=evaluates)
             if shows:
