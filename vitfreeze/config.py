@@ -295,8 +295,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = find_recipe(recipe)
     values: dict[str, tuple[Any, str]] = {}
-    for key, value, line in _read_recipe(path):
-        values[key] = (value, f"{path.name} line {line}")
+    for key, value, where in _read_recipe(path):
+        values[key] = (value, where)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or "." not in key:
@@ -544,8 +544,10 @@ def differing_settings(config: Config, other: Config) -> list[str]:
     return lines
 
 
-def _read_recipe(path: Path) -> Iterator[tuple[str, Any, int]]:
-    """Yield ('section.key', plain value, line) from a YAML file of sections, base recipes first."""
+def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
+    """Yield ('section.key', plain value, where it stands) from a YAML file of sections, those of its base first."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is, by way of `base:`, its own base")
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -554,17 +556,31 @@ def _read_recipe(path: Path) -> Iterator[tuple[str, Any, int]]:
         return
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path} must hold sections such as 'freeze:' with keys below them")
-    for section_node, body in root.value:
-        if section_node.value == "base":
-            yield from _read_recipe(find_recipe(body.value))
+    for name_node, body in root.value:
+        if name_node.value == "base":
+            name = str(body.value)
+            base = path.parent / name if name.endswith((".yaml", ".yml")) else name
+            yield from _read_recipe(find_recipe(base), above=(*above, path.resolve()))
+    seen: dict[str, str] = {}
+    for name_node, body in root.value:
+        if name_node.value == "base":
             continue
         if not isinstance(body, yaml.MappingNode):
-            line = section_node.start_mark.line + 1
-            raise ConfigError(f"{path.name} line {line}: {section_node.value!r} must be a section with keys below it")
+            where = f"{path.name} line {name_node.start_mark.line + 1}"
+            raise ConfigError(f"{where}: {name_node.value!r} must be a section with keys below it")
         for key_node, value_node in body.value:
-            loader = yaml.SafeLoader("")
-            value = loader.construct_object(value_node, deep=True)
-            yield f"{section_node.value}.{key_node.value}", value, key_node.start_mark.line + 1
+            key, where = f"{name_node.value}.{key_node.value}", f"{path.name} line {key_node.start_mark.line + 1}"
+            if key in seen:
+                raise ConfigError(f"{key} is set twice: in {seen[key]} and in {where}")
+            seen[key] = where
+            yield key, _construct(value_node, where), where
+
+
+def _construct(node: yaml.Node, where: str) -> Any:
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from None
 
 
 def _parse_yaml(text: str, where: str) -> Any:
