@@ -180,6 +180,10 @@ def _train(arguments: list[str], variables: dict[str, str], log: str, kill: Kill
     gc.freeze()  # what the server imported is nobody's garbage; looking through it at every drop takes half a second
     if kill is not None:
         _arm(kill)
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed refuses fp16 on processors without fp16 units; torch computes with it all the same.
+    get_accelerator().is_fp16_supported = lambda: True
     from vitfreeze.cli import main
     from vitfreeze.tasks import Pretraining
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_losses
-from test_survival_exact import assert_same_end
+from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_lines, read_losses
 
 from vitfreeze.survival import EXIT_HUNG, EXIT_STOPPED, LossGuard, StopSignals, Watchdog
 
@@ -44,17 +43,18 @@ def in_child(function: Callable[[], None]) -> int:
 
 
 def test_one_rank_hears_the_request_and_all_save_and_stop(bench: Bench) -> None:
-    for run, number, rank in (("usr1", signal.SIGUSR1, 1), ("term", signal.SIGTERM, 0)):
-        job = bench.start(run, "checkpoint.every=100 steps", ranks=2)
-        wait_for_step(bench, run, job, 2)
+    run_dir = bench.folder / "stopped"
+    for number, rank in ((signal.SIGUSR1, 1), (signal.SIGTERM, 0)):
+        before = max(read_losses(run_dir), default=0)
+        job = bench.start("stopped", "checkpoint.every=100 steps", ranks=2)
+        wait_for_step(bench, "stopped", job, before + 2)
         job.signal(number, ranks=[rank])
-        assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED], bench.log(run)
-        taken = max(read_losses(bench.folder / run))
-        assert newest_checkpoint(bench.folder / run).name == f"step-{taken:08d}"  # no step is lost
-        assert read_events(bench.folder / run, "stop")[0]["step"] == taken
-    assert bench.run("usr1", ranks=2) == [0, 0]
-    assert bench.run("term", ranks=2) == [0, 0]
-    assert_same_end(bench.folder / "usr1", bench.folder / "term")
+        assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED], bench.log("stopped")
+        taken = max(read_losses(run_dir))
+        assert newest_checkpoint(run_dir).name == f"step-{taken:08d}"  # no step is lost
+        assert read_events(run_dir, "stop")[-1]["step"] == taken
+    assert bench.run("stopped", ranks=2) == [0, 0]
+    assert list(read_losses(run_dir)) == list(range(1, 17))
 
 
 def test_the_launchers_sigterm_after_ctrl_c_is_no_second_ctrl_c(bench: Bench) -> None:
@@ -131,10 +131,8 @@ def test_a_rank_that_stands_still_is_found_by_the_other(bench: Bench) -> None:
 
 def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_is_from_before(bench: Bench) -> None:
     """A learning rate beyond all reason spoils the weights as a real divergence does."""
-    assert bench.run("diverged", "optim.blr=1e30", "optim.warmup=2 steps", "checkpoint.every=1 steps", ranks=2) == [
-        1,
-        1,
-    ]
+    options = ("optim.blr=1e30", "optim.warmup=2 steps", "checkpoint.every=1 steps")
+    assert bench.run("diverged", *options, ranks=2) == [1, 1], bench.log("diverged")
     failure = read_events(bench.folder / "diverged", "failure")[0]
     assert failure["reason"] == "loss_not_finite"
     assert failure["ranks"] == [0, 1]
@@ -148,20 +146,37 @@ def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_is_from_before(be
     assert f"the loss of step {failure['step']} was not finite" in bench.log("diverged")
 
 
-def test_overflows_are_counted_and_too_many_in_a_row_end_the_run(bench: Bench) -> None:
-    """bf16 with overflow checks: gradients that are not finite change nothing, and are counted."""
-    config = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "gradient_clipping": 0}
-    (bench.folder / "bf16.json").write_text(json.dumps(config))
-    status = bench.run(
-        "overflow", "optim.blr=1e30", "optim.warmup=2 steps", "run.max_skipped_steps=3",
-        f"run.ds_config={bench.folder / 'bf16.json'}", stage=None,
-    )  # fmt: skip
-    assert status == [1]
-    skipped = read_events(bench.folder / "overflow", "skipped")
-    assert len(skipped) == 4
+def fp16_with_scale(bench: Bench, power: int) -> str:
+    """Write a DeepSpeed JSON whose loss scale begins at 2^power and is halved at each overflow."""
+    scaler = {"enabled": True, "initial_scale_power": power, "hysteresis": 1, "loss_scale_window": 1000}
+    path = bench.folder / f"fp16-{power}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": scaler, "gradient_clipping": 0}))
+    return f"run.ds_config={path}"
+
+
+def test_overflows_of_fp16_are_skipped_and_counted_and_the_scale_outlives_a_kill(bench: Bench) -> None:
+    options = ("freeze.mode=off", fp16_with_scale(bench, 26))
+    assert bench.run("fp16", *options, stage=None) == [0], bench.log("fp16")
+    skipped = read_events(bench.folder / "fp16", "skipped")
+    lines = read_lines(bench.folder / "fp16" / "metrics.jsonl")
+    assert 0 < len(skipped) < 16
+    assert lines[-1]["skipped_steps"] == len(skipped)
+    assert lines[-1]["loss_scale"] == 2.0 ** (26 - len(skipped))
+
+    job = bench.start("fp16-killed", *options, stage=None, kill=Kill(where="update", step=6))
+    job.processes[0].join(120)
+    assert bench.run("fp16-killed", *options, stage=None) == [0]
+    assert read_losses(bench.folder / "fp16-killed") == read_losses(bench.folder / "fp16")
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(bench: Bench) -> None:
+    options = ("run.max_skipped_steps=3", "checkpoint.every=1 steps", fp16_with_scale(bench, 60))
+    assert bench.run("overflow", *options, stage=None) == [1]
+    assert len(read_events(bench.folder / "overflow", "skipped")) == 4
     failure = read_events(bench.folder / "overflow", "failure")[0]
     assert (failure["reason"], failure["skipped"]) == ("skipped_steps", 4)
     assert "4 steps in a row were skipped" in bench.log("overflow")
+    assert not (bench.folder / "overflow" / "checkpoints").exists()  # nothing doubtful was saved
 
 
 def test_a_full_disk_does_not_end_the_run(bench: Bench) -> None:
@@ -175,7 +190,7 @@ def test_a_full_disk_does_not_end_the_run(bench: Bench) -> None:
 
 
 def test_the_guard_judges_a_step_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:
-    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1)
+    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1, forgives_skipped=False)
     for step, loss in enumerate((1.0, float("inf"), 1.0)):
         guard.add(step, keys=["a"], losses={"loss": torch.tensor(loss)})
         guard.close_step(was_skipped=False)
@@ -183,13 +198,14 @@ def test_the_guard_judges_a_step_when_the_next_one_is_on_its_way(tmp_path: Path)
     assert "step-00000001-rank-00000.json" in guard.describe(1).name
 
 
-def test_the_guard_judges_the_last_step_on_demand_and_forgives_skipped_ones(tmp_path: Path) -> None:
-    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1)
+@pytest.mark.parametrize("forgives", [True, False])
+def test_the_guard_judges_the_last_step_on_demand_and_forgives_skipped_ones(tmp_path: Path, forgives: bool) -> None:
+    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1, forgives_skipped=forgives)
     guard.add(0, keys=["a"], losses={"loss": torch.tensor(float("nan"))})
     guard.close_step(was_skipped=True)
-    assert guard.find_failure(include_last=True) is None
+    assert guard.find_failure(include_last=True) == (None if forgives else 0)
     assert not guard.has_skipped_too_often
     guard.add(1, keys=["a"], losses={"loss": torch.tensor(float("nan"))})
     guard.close_step(was_skipped=False)
-    assert guard.find_failure(include_last=False) is None
-    assert guard.find_failure(include_last=True) == 1
+    assert guard.find_failure(include_last=False) == (None if forgives else 0)
+    assert guard.find_failure(include_last=True) == (1 if forgives else 0)

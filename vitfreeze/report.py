@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,59 @@ class WaitWatch:
         return self._in_a_row == self.patience
 
 
+class LineFile:
+    """A .jsonl file that is appended to. Lines that a full disk refuses wait and are written when there is room."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Append an object, after those that wait; never raises OSError."""
+        was_refused = bool(self._waiting)
+        self._waiting.append(json.dumps(line) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.writelines(self._waiting)
+            self._waiting.clear()
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # no half line, on which the next one would be glued
+            if not was_refused:
+                logger.warning("%s cannot be written (%s); its lines wait for room", self.path, error.strerror)
+
+
+class Board:
+    """TensorBoard files. Figures that a full disk refuses are lost here, and stay in metrics.jsonl."""
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def add_scalars(self, figures: Mapping[str, float], step: int) -> None:
+        """Add numbers by name."""
+        for name, value in figures.items():
+            self._write(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))  # type: ignore[misc]
+
+    def add_image(self, name: str, image_CHW: Tensor, step: int) -> None:
+        """Add a picture with values in [0, 1]."""
+        self._write(lambda writer: writer.add_image(name, image_CHW, step))
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._write(lambda writer: writer.close())
+
+    def _write(self, action: Callable[[SummaryWriter], object]) -> None:
+        try:
+            if self._writer is None:  # one that has failed never works again
+                self._writer = SummaryWriter(str(self.folder))
+            action(self._writer)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); figures are missing there", self.folder, error.strerror)
+            self._writer = None
+
+
 class Reporter:
     """Writes a run's figures into its folder and shows one progress bar; does nothing on ranks other than 0.
 
@@ -150,7 +204,8 @@ class Reporter:
             run_dir / "events.jsonl",
             keep=lambda line: line["event"] not in ("freeze", "adaptive_check") or line["step"] < start_step,
         )
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+        self._metrics, self._events = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "events.jsonl")
+        self._board = Board(run_dir / "tensorboard", purge_step=start_step)
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         self._bar = tqdm(
@@ -167,9 +222,8 @@ class Reporter:
         """Write one object to metrics.jsonl, its numbers to TensorBoard, and the main ones beside the bar."""
         if not self._active:
             return
-        _append_line(self.run_dir / "metrics.jsonl", {"step": step, **figures})
-        for name, value in flatten_numbers(figures):
-            self._writer.add_scalar(name, value, step)
+        self._metrics.append({"step": step, **figures})
+        self._board.add_scalars(dict(flatten_numbers(figures)), step)
         shown = {"loss": f"{figures['loss']:.4f}", "img/s": f"{figures['images_per_second']:.1f}"}
         self._bar.set_postfix({**shown, "frozen": figures["frozen_layers"]}, refresh=False)
 
@@ -177,21 +231,21 @@ class Reporter:
         """Write one object to events.jsonl and, given a message, one line above the bar."""
         if not self._active:
             return
-        _append_line(self.run_dir / "events.jsonl", {"event": event, "step": step, "time": time.time(), **details})
+        self._events.append({"event": event, "step": step, "time": time.time(), **details})
         if message:
             logger.info(message)
 
     def log_image(self, name: str, step: int, image_CHW: Tensor) -> None:
         """Write a picture to TensorBoard; values in [0, 1]."""
         if self._active:
-            self._writer.add_image(name, image_CHW, step)
+            self._board.add_image(name, image_CHW, step)
 
     def close(self) -> None:
         """Flush everything; the run folder is then complete."""
         if self._active:
             self._bar.close()
             self._redirect.__exit__(None, None, None)
-            self._writer.close()
+            self._board.close()
             self._active = False
 
 
@@ -223,8 +277,3 @@ def format_closing_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
         ))
         for row in table
     )  # fmt: skip
-
-
-def _append_line(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")

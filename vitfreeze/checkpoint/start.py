@@ -138,6 +138,9 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
         chosen, reason = own, f"going on from {own.path} at step {own.step}"
     else:
         chosen, reason = None, f"a new run in {directory}"
+    if own and own.path.parent == directory / folder.FOLDER_NAME:
+        # The pointer may be gone, or name what is set aside now.
+        folder.write_pointer(own.path.parent, own.path.name)
     for damaged, _ in own.rejected if own else ():
         folder.set_aside(Path(damaged))
     folder.replace_durably(directory / folder.CONFIG, dump_config(config).encode())

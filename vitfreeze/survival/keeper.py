@@ -68,7 +68,12 @@ class Keeper:
         rank, world_size = engine.rank, engine.world_size
         self.writer = CheckpointWriter(directory, keep=config.checkpoint.keep, rank=rank, world_size=world_size)
         self.signals = StopSignals()
-        self.losses = LossGuard(directory, rank=rank, max_skipped_steps=config.run.max_skipped_steps)
+        self.losses = LossGuard(
+            directory,
+            rank=rank,
+            max_skipped_steps=config.run.max_skipped_steps,
+            forgives_skipped=engine.dtype == torch.float16,
+        )
         self.watchdog = Watchdog(
             directory, rank=rank, minutes=config.run.watchdog_minutes, exit_status=EXIT_HUNG, on_hang=self._log_hang
         )
@@ -96,7 +101,9 @@ class Keeper:
         last = done == self.total_steps
         if self.engine.overflowed:
             self.reporter.log_event("skipped", done - 1, loss_scale=self.engine.loss_scale)
-        orders = self._agree(stop=bool(self.signals.received), save=self.saves.is_due(done) and not self.writer.is_busy)
+        # While steps are being skipped the weights may be spoiled already, and older checkpoints are worth more.
+        saves_now = self.saves.is_due(done) and not self.writer.is_busy and not self.losses.skipped_in_a_row
+        orders = self._agree(stop=bool(self.signals.received), save=saves_now)
         if orders.save or orders.stop or last:
             # What is saved must be sound, so here, and only here, the last step is judged, too.
             self._agree(include_last=True)
@@ -133,7 +140,7 @@ class Keeper:
         where = self.losses.directory / "failures"
         if step is None:
             number = self.losses.skipped_in_a_row
-            message = f"{number} steps in a row were skipped because half precision overflowed (see {where})"
+            message = f"{number} steps in a row were skipped because a gradient was not finite (see {where})"
             self.reporter.log_event("failure", self.engine.global_steps - 1, reason="skipped_steps", skipped=number)
         else:
             ranks = ", ".join(map(str, failed_ranks))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("vitfreeze")
 
 
 class RunFailedError(RuntimeError):
@@ -46,17 +49,20 @@ class _Step:
 class LossGuard:
     """Judges each step's losses one step later, when the device has them anyway.
 
-    A step that the engine skipped, because half precision overflowed, changed no weight: it is counted, and only too
-    many of them in a row end the run. A loss that is not finite in a step that was taken has spoiled the weights.
+    A step that the engine skipped, because a gradient was not finite, changed no weight: it is counted, and only too
+    many of them in a row end the run. With fp16's loss scaling that is the ordinary course of things, also when the
+    loss itself overflows. Otherwise a loss that is not finite ends the run.
 
     Args:
         directory: the run folder; details go to its folder `failures`.
         rank: of this process.
         max_skipped_steps: in a row, after which the run ends.
+        forgives_skipped: whether a loss that is not finite counts for nothing in a step that was skipped.
     """
 
-    def __init__(self, directory: Path, *, rank: int, max_skipped_steps: int) -> None:
+    def __init__(self, directory: Path, *, rank: int, max_skipped_steps: int, forgives_skipped: bool) -> None:
         self.directory, self.rank, self.max_skipped_steps = directory, rank, max_skipped_steps
+        self.forgives_skipped = forgives_skipped
         self.skipped_in_a_row = 0
         self._open: _Step | None = None
         self._closed: list[_Step] = []
@@ -82,13 +88,13 @@ class LossGuard:
         return self.skipped_in_a_row > self.max_skipped_steps
 
     def find_failure(self, *, include_last: bool) -> int | None:
-        """Return the first step whose losses spoiled this rank's weights; None while all is well.
+        """Return the first step whose loss was not finite on this rank; None while all is well.
 
         The last step is judged only on demand, because that waits for the device.
         """
         until = len(self._closed) if include_last else max(len(self._closed) - 1, 0)
         for step in self._closed[:until]:
-            if not step.was_skipped and not step.is_finite():
+            if not (step.was_skipped and self.forgives_skipped) and not step.is_finite():
                 return step.number
         del self._closed[: until if not include_last else max(until - 1, 0)]
         return None
@@ -101,12 +107,15 @@ class LossGuard:
             for keys, losses in zip(step.keys, step.losses, strict=True)
         ]
         path = self.directory / "failures" / f"step-{step.number:08d}-rank-{self.rank:05d}.json"
-        path.parent.mkdir(exist_ok=True)
         facts = {
             "step": step.number,
             "rank": self.rank,
             "was_skipped": step.was_skipped,
             "micro_batches": micro_batches,
         }
-        path.write_text(json.dumps(facts, indent=1))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(facts, indent=1))
+        except OSError as error:
+            logger.error("%s cannot be written (%s); it would say: %s", path, error.strerror, json.dumps(facts))
         return path
