@@ -349,6 +349,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("bench", help="measure a part of a run on this machine")
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
+    _add_bench_step(parts)
 
 
 def _add_bench_data(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -387,4 +388,52 @@ def _bench_data(parsed: argparse.Namespace) -> int:
         **speed,
     )
     print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_data_benchmark(result))
+    return 0
+
+
+def _add_bench_step(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = parts.add_parser("step", help="time and memory of a training step as more layers are frozen")
+    parser.add_argument("--size", default="vit_base_patch16", help="name of a model size (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=224, help="side of the images (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images per step (default %(default)s)")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (default %(default)s)")
+    parser.add_argument("--frozen", metavar="K,K,...", help="numbers of frozen layers; 0 is always measured")
+    parser.add_argument("--device", default="", help="cpu or cuda (default: a GPU when there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads on a CPU (default: all cores)")
+    parser.add_argument("--compile", action="store_true", help="compile blocks, heads and targets first")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
+    parser.add_argument(
+        "--clock", default="wall", help="wall, or processor on a CPU that others use too (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, which `plan --bench` reads")
+    parser.set_defaults(handler=_bench_step)
+
+
+def _bench_step(parsed: argparse.Namespace) -> int:
+    import json
+
+    import torch
+
+    from vitfreeze.bench.step import format_step_benchmark, run_step_benchmark
+
+    try:
+        frozen = None if parsed.frozen is None else [int(k) for k in parsed.frozen.split(",")]
+    except ValueError:
+        raise ValueError(f"--frozen is {parsed.frozen!r}, expected whole numbers with commas, as 0,3,12") from None
+    if parsed.threads is not None:
+        if parsed.threads < 1:
+            raise ValueError(f"--threads is {parsed.threads}, expected at least 1")
+        torch.set_num_threads(parsed.threads)
+    result = run_step_benchmark(
+        parsed.size,
+        frozen_layers=frozen,
+        micro_batch=parsed.batch,
+        precision=parsed.precision,
+        img_size=parsed.img_size,
+        device=parsed.device,
+        compiled=parsed.compile,
+        rounds=parsed.rounds,
+        clock=parsed.clock,
+    )
+    print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_step_benchmark(result))
     return 0
