@@ -5,6 +5,7 @@ Many scenarios share one start of the processes, because starting costs more tha
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections import Counter
@@ -272,6 +273,8 @@ def drop_many(stage: int, precision: str) -> dict[str, Any]:
             dead.append(all(reference() is None for reference in watched))
         take_step(engine, step, images=images_of(step, width=width))
         gc.collect()
+        # glibc keeps freed pages for later; what counts is what nobody has freed.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()))
         memory.append(process.memory_info().rss)
     objects = sum(isinstance(item, torch.optim.AdamW) for item in gc.get_objects())

@@ -63,6 +63,9 @@ class ToyModel(nn.Module):
     def head_of(self, name: str) -> int | None:
         return int(name.split(".")[1]) if name.startswith("heads.") else None
 
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
     def forward(self, images: Tensor, *, frozen_layers: int = 0) -> ToyOutput:
         """Take images of shape (B, width); targets are their first five values in other units."""
         target = torch.sin(3 * images[:, :5].float())

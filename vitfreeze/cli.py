@@ -391,6 +391,30 @@ def _bench_data(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_bench_freeze(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = parts.add_parser("freeze", help="seconds in which frozen layers leave the engine, beside a step's time")
+    parser.add_argument("--size", default="vit_base_patch16", help="name of a model size (default %(default)s)")
+    parser.add_argument("--img-size", type=int, default=224, help="side of the images (default %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="images per rank (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps after each drop (default %(default)s)")
+    parser.add_argument("--ds-config", default="", metavar="FILE", help="DeepSpeed JSON; default: to suit the device")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per drop")
+    parser.set_defaults(handler=_bench_freeze)
+
+
+def _bench_freeze(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.freeze import format_drops, measure_drops
+
+    costs = measure_drops(
+        parsed.size, ds_config=parsed.ds_config, img_size=parsed.img_size, micro_batch=parsed.micro_batch,
+        steps=parsed.steps,
+    )  # fmt: skip
+    for line in format_drops(costs, as_json=parsed.json):
+        if os.environ.get("RANK", "0") == "0":
+            print(line, flush=True)
+    return 0
+
+
 def _add_bench_step(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = parts.add_parser("step", help="time and memory of a training step as more layers are frozen")
     parser.add_argument("--size", default="vit_base_patch16", help="name of a model size (default %(default)s)")

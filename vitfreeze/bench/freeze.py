@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def measure_drops(
             optimizer_state_bytes=event.optimizer_state_bytes,
         )
     engine.destroy()
+
+
+def format_drops(costs: Iterable[DropCost], *, as_json: bool = False) -> Iterator[str]:
+    """Yield a line for every drop as it is measured, under a line of titles; or one JSON object each."""
+    if not as_json:
+        yield "frozen  drop (s)  in steps  step (s)  parameters  state (MiB)"
+    for cost in costs:
+        if as_json:
+            yield json.dumps(asdict(cost))
+        else:
+            yield (
+                f"{cost.frozen_layers:>6}  {cost.drop_seconds:>8.2f}  {cost.drop_in_steps:>8.2f}  "
+                f"{cost.step_seconds:>8.2f}  {cost.trainable_parameters:>10,}  "
+                f"{cost.optimizer_state_bytes / 2**20:>11.1f}"
+            )
 
 
 def _time_step(engine: FreezingEngine) -> float:

@@ -63,6 +63,7 @@ ALLOWED_KEYS: Mapping[str, tuple[str, ...]] = {
         *("reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce", "compute_grad_norm"),
     ),
 }
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +169,9 @@ def complete_settings(
     never larger than what is still trained: this memory, too, comes back as layers freeze.
     """
     zero = dict(settings.content["zero_optimization"])
-    if settings.stage and "reduce_bucket_size" in zero:
-        zero["reduce_bucket_size"] = min(int(zero["reduce_bucket_size"]), max(active_elements, 1))
+    if settings.stage:
+        bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
+        zero["reduce_bucket_size"] = min(bucket, max(active_elements, 1))
     return {
         **settings.content,
         "zero_optimization": zero,
