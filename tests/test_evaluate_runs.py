@@ -1,0 +1,210 @@
+"""Evaluation of a whole run: from the command line, over ranks, and while it trains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vitfreeze import cli
+from vitfreeze.config import Config, ConfigError, build_config
+from vitfreeze.engine import join_processes
+from vitfreeze.evaluate import EvaluationData, Features, LinearSettings, evaluate_knn, knn_over_ranks, train_linear
+from vitfreeze.evaluate.probe import Probe
+from vitfreeze.train import pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS: dict[str, Any] = {
+    "model.size": "vit_tiny_test",
+    "model.img_size": 64,
+    "data.workers": 0,
+    "batch.global_size": 8,
+    "optim.warmup": "1 steps",
+    "freeze.t_0": 0.5,
+    "run.length": "12 steps",
+    "run.log_every_steps": 5,
+    "run.show_every": "6 steps",
+    "checkpoint.every": "12 steps",
+    "eval.every": "4 steps",
+    "eval.samples": 20,
+    "eval.k": 3,
+    "eval.max_share": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "125"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
+    return folder
+
+
+def make_config(shards: Path, run_dir: Path, **changes: Any) -> Config:
+    values = {**SETTINGS, "data.train": str(shards), "data.val": str(shards), "run.dir": str(run_dir), **changes}
+    return build_config({key: (value, "the test") for key, value in values.items()}, recipe="tiny")
+
+
+@pytest.fixture(scope="module")
+def run_dir(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    assert pretrain(make_config(shards, directory)) == 0
+    return directory
+
+
+def test_probe_is_logged_beside_the_loss(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    probed = {line["step"]: line["eval"] for line in lines if "eval" in line}
+    assert set(probed) == {4, 8, 12}
+    assert all(0 <= worth["knn_3"] <= 1 and 0 < worth["share_of_time"] <= 1 for worth in probed.values())
+    assert all("loss" in line for line in lines)
+    board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in board.Scalars("eval/knn_3")] == [4, 8, 12]
+    assert [event.step for event in board.Images("reconstruction")] == [6, 12]
+
+
+def test_probe_is_left_out_above_its_share_of_the_time(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vitfreeze.assembly import build_model
+
+    config = make_config(shards, tmp_path, **{"eval.max_share": 0.0})
+    probe = Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values)
+    model = build_model(config)
+    with caplog.at_level(logging.INFO):
+        assert probe.measure(model)["knn_3"] >= 0  # the first one, whose cost nobody knew
+        assert probe.measure(model) == {}
+    assert "left out" in caplog.text
+    assert "max_share=0" in caplog.text
+
+
+def test_probe_without_validation_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+    from vitfreeze.assembly import build_model
+
+    config = make_config(shards, tmp_path, **{"data.val": []})
+    with pytest.raises(ConfigError, match=r"data\.val"):
+        Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values).measure(build_model(config))
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed.err
+    return printed.out
+
+
+def test_command_knn(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = call(capsys, "knn", str(run_dir), "--blocks", "2", "8", "--k", "1", "5").splitlines()[-3:]
+    assert rows[0].split() == ["block", "1-NN", "5-NN"]
+    found = evaluate_knn(str(run_dir), EvaluationData(blocks=(2, 8)), k=(1, 5))
+    for row, block in zip(rows[1:], (2, 8), strict=True):
+        assert row.split() == [str(block), *(f"{100 * found[block][k]:.2f}%" for k in (1, 5))]
+
+
+def test_command_linear(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--optimizer", "sgd", "--blr", "0.01", "0.1", "--epochs", "10", "--warmup-epochs", "1")
+    rows = call(capsys, "linear", str(run_dir), *options).splitlines()[-3:]
+    assert rows[0].split() == ["block", "blr", "top-1", "top-5", "loss"]
+    assert [row.split()[1] for row in rows[1:]] == ["0.01", "0.1"]
+    assert sum(row.endswith("best") for row in rows) == 1
+
+
+def test_command_export_and_show(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "encoder.safetensors"
+    assert str(file) in call(capsys, "export", str(run_dir), "--to", "safetensors", "--out", str(file))
+    assert evaluate_knn(str(file), EvaluationData(train=_shards_of(run_dir), val=_shards_of(run_dir), workers=0))
+    from PIL import Image
+
+    for number in range(2):
+        pixels = torch.randint(0, 256, (80, 90, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    out = tmp_path / "show.png"
+    call(capsys, "show", str(run_dir), str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--out", str(out))
+    assert Image.open(out).size[0] > 500
+
+
+def _shards_of(run_dir: Path) -> tuple[str, ...]:
+    from vitfreeze.config import load_config
+
+    return load_config(run_dir / "config.yaml").data.train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("knn", "nowhere"), "there is no run folder or file of weights 'nowhere'"),
+        (("knn", "RUN", "--blocks", "9"), "expected numbers from 1 to depth 8"),
+        (("knn", "RUN", "--pool", "max"), "expected one of avg, token"),
+        (("knn", "RUN", "--k", "1000"), "expected numbers from 1 to the 100 training images"),
+        (("linear", "RUN", "--optimizer", "adam"), "expected one of lars, sgd"),
+        (("export", "RUN", "--to", "onnx"), "expected one of timm, safetensors, hf, torch"),
+        (("show", "RUN", "pyproject.toml"), "pyproject.toml: not a readable image"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: tuple[str, ...], message: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(run_dir) if word == "RUN" else word for word in arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_without_labels_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 10, 10)).save(data, "JPEG")
+    with tarfile.open(tmp_path / "bare-0000.tar", "w") as file:
+        member = tarfile.TarInfo("sample0.jpg")
+        member.size = len(data.getvalue())
+        file.addfile(member, io.BytesIO(data.getvalue()))
+    bare = (str(tmp_path / "bare-0000.tar"),)
+    with pytest.raises(ValueError, match=r"sample sample0 has no label"):
+        evaluate_knn(str(run_dir), EvaluationData(val=bare))
+
+
+# Over ranks ----------------------------------------------------------------------------------------------------------
+
+
+def make_features(count: int, *, seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    return Features(torch.randn(count, 8, generator=generator), torch.randint(0, 5, (count,), generator=generator))
+
+
+def share(features: Features, rank: int, world_size: int) -> Features:
+    count = len(features.labels)
+    part = slice(count * rank // world_size, count * (rank + 1) // world_size)
+    return Features(features.features[part], features.labels[part])
+
+
+def evaluate_here() -> tuple[dict[int, float], list[tuple[float, float]]]:
+    """What each rank does with its share."""
+    processes = join_processes()
+    train, test = make_features(101, seed=1), make_features(53, seed=2)
+    shares = [share(x, processes.rank, processes.world_size) for x in (train, test)]
+    settings = LinearSettings(optimizer="sgd", blr=(0.01, 0.1, 1.0), epochs=5, warmup_epochs=1)
+    results = train_linear(train, test, settings=settings)
+    knn = knn_over_ranks(shares[0], shares[1], k=(1, 7), device=torch.device("cpu"))
+    return knn, [(result.top1, result.loss) for result in results]
+
+
+@pytest.mark.distributed
+def test_ranks_agree_with_one_process() -> None:
+    knn, linear = run_ranks(evaluate_here, world_size=1)[0]
+    for other_knn, other_linear in run_ranks(evaluate_here, world_size=3):
+        assert other_knn == pytest.approx(knn)
+        assert [top1 for top1, _ in other_linear] == pytest.approx([top1 for top1, _ in linear])
+        assert [loss for _, loss in other_linear] == pytest.approx([loss for _, loss in linear], rel=1e-5)

@@ -1,0 +1,323 @@
+"""Fine-tuning: the classifier, its schedule, whole runs, resuming, accuracy over ranks, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from processes import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vitfreeze.architecture import MODEL_SIZES
+from vitfreeze.assembly import open_split
+from vitfreeze.classifier import Classifier, averaged_weights
+from vitfreeze.config import Config, ConfigError, build_config, load_config
+from vitfreeze.convert import to_timm
+from vitfreeze.data import ShardError, normalize
+from vitfreeze.engine.units import plan_groups
+from vitfreeze.export import ARCHITECTURE, timm_arguments
+from vitfreeze.finetune import Finetuning, finetune
+from vitfreeze.model import LocalMIM
+from vitfreeze.pretrained import read_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = MODEL_SIZES["vit_tiny_test"]
+CLASSES = 12
+SETTINGS: dict[str, Any] = {
+    "model.size": "vit_tiny_test",
+    "model.img_size": 64,
+    "data.workers": 0,
+    "optim.blr": None,
+    "optim.base_lr": 1e-3,
+    "optim.warmup": "2 steps",
+    "batch.global_size": 8,
+    "batch.micro_size": 4,
+    "freeze.t_0": 0.4,
+    "finetune.num_classes": CLASSES,
+    "finetune.drop_path": 0.1,
+    "finetune.model_ema_decay": 0.9,
+    "run.length": "12 steps",
+    "run.log_every_steps": 4,
+    "checkpoint.every": "5 steps",
+    "checkpoint.keep": 10,
+    "eval.every": "6 steps",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "125"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
+    return folder
+
+
+def make_config(shards: Path, run_dir: Path, **changes: Any) -> Config:
+    values = {**SETTINGS, "data.train": str(shards), "data.val": str(shards), "run.dir": str(run_dir), **changes}
+    return build_config({key: (value, "the test") for key, value in values.items()}, recipe="tiny")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run in this process, with FreezeOut and an average of the weights."""
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    assert finetune(make_config(shards, directory)) == 0
+    return directory
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def make_classifier(**options: Any) -> Classifier:
+    torch.manual_seed(1)
+    model = Classifier(size=SIZE, img_size=64, num_classes=CLASSES, **options)
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # so that there is something to compare
+    return model
+
+
+# The classifier ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_classifier_is_timms_model(pool: str, images: Tensor) -> None:
+    model = make_classifier(global_pool=pool).eval()
+    theirs = timm.create_model(
+        ARCHITECTURE, num_classes=CLASSES, global_pool=pool, **timm_arguments(SIZE, img_size=64)
+    ).eval()
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, theirs(images), rtol=1e-6, atol=1e-6)
+
+
+def test_frozen_prefix_has_no_gradient_and_leaves_the_others_theirs(images: Tensor) -> None:
+    targets = torch.tensor([0, 5, 11])
+    gradients = {}
+    for frozen_layers in (0, 3):
+        model = make_classifier()
+        model(images, targets=targets, frozen_layers=frozen_layers).loss.backward()
+        gradients[frozen_layers] = {name: x.grad for name, x in model.named_parameters()}
+    for name, gradient in gradients[3].items():
+        layer = model.layer_of(name)
+        if layer is not None and layer < 3:
+            assert gradient is None, name
+        else:
+            assert gradient is not None, name
+            assert torch.equal(gradient, gradients[0][name]), name
+
+
+def test_recomputing_activations_changes_no_gradient(images: Tensor) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = make_classifier(drop_path=0.5, activation_checkpointing=recompute)
+        torch.manual_seed(7)
+        model(images, targets=torch.tensor([0, 5, 11]), frozen_layers=2).loss.backward()
+        gradients.append(model.blocks[4].mlp.fc1.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_groups_hold_every_parameter_once_and_decay_no_token() -> None:
+    model = make_classifier()
+    plans = plan_groups(model)
+    names = [name for plan in plans for name in plan.parameter_names]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    decays = {name: plan.decays for plan in plans for name in plan.parameter_names}
+    units = {name: plan.unit.name for plan in plans for name in plan.parameter_names}
+    assert not decays["cls_token"]
+    assert not decays["pos_embed"]
+    assert decays["head.weight"]
+    assert units["head.weight"] == units["fc_norm.bias"] == "classifier"
+    assert units["pos_embed"] == "layer_00"
+    assert plans[0].unit.name == "classifier"
+    assert plans[-1].unit.name == "layer_00"
+
+
+def test_classifier_begins_with_the_encoder(images: Tensor) -> None:
+    torch.manual_seed(2)
+    encoder = LocalMIM(
+        img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=3, decoder_embed_dim=32, decoder_num_heads=2
+    )
+    model = make_classifier(average_decay=0.9)
+    fresh = model.head.weight.clone()
+    model.load_encoder(to_timm(encoder.state_dict()))
+    with torch.no_grad():
+        expected = encoder.encode(images, blocks=[8])[0]
+        found = model.eval().forward_features(images)
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    assert torch.equal(model.head.weight, fresh)
+    assert torch.equal(averaged_weights(model.state_dict())["cls_token"], encoder.cls_token)
+    with pytest.raises(ValueError, match=r"blocks\.3\.norm1\.weight of shape \(48,\) is missing"):
+        model.load_encoder({k: x for k, x in to_timm(encoder.state_dict()).items() if k != "blocks.3.norm1.weight"})
+
+
+def test_average_follows_its_formula() -> None:
+    model = make_classifier(average_decay=0.75)
+    expected = model.head.bias.detach().clone()
+    for step in range(3):
+        with torch.no_grad():
+            model.head.bias.add_(torch.arange(float(CLASSES)) * (step + 1))
+        model.update_average()
+        expected = 0.75 * expected + 0.25 * model.head.bias.detach()
+    torch.testing.assert_close(averaged_weights(model.state_dict())["head.bias"], expected)
+
+
+def test_average_keeps_float32_beside_half_weights(images: Tensor) -> None:
+    model = make_classifier(average_decay=0.999)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    before = averaged_weights(model.state_dict())["head.bias"].clone()
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    model.update_average()
+    moved = averaged_weights(model.state_dict())["head.bias"] - before
+    assert moved.dtype == torch.float32
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.001), rtol=1e-3, atol=0)
+
+
+# The schedule --------------------------------------------------------------------------------------------------------
+
+
+def test_layer_decay_as_in_mae(shards: Path, tmp_path: Path) -> None:
+    config = make_config(shards, tmp_path / "run", **{"freeze.mode": "off", "finetune.layer_decay": 0.5})
+    schedule = Finetuning(config).build_schedule(steps_per_epoch=10, events=())
+    rates = schedule.learning_rates(5)
+    whole = schedule.cosine.learning_rate(5)
+    assert rates["classifier"] == whole
+    assert rates["layer_08"] == pytest.approx(whole / 2)
+    assert rates["layer_00"] == pytest.approx(whole / 2**9)
+    assert not any(name.startswith("head_") for name in rates)
+
+
+def test_freezing_is_freezeout_times_the_decay(shards: Path, tmp_path: Path) -> None:
+    schedule = Finetuning(make_config(shards, tmp_path / "run")).build_schedule(steps_per_epoch=10, events=())
+    assert schedule.layers is not None
+    assert schedule.learning_rates(4)["layer_03"] == pytest.approx(schedule.layers.learning_rate(3, 4) * 0.75**6)
+    assert schedule.frozen_layers(11) > schedule.frozen_layers(4)
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_run_measures_what_it_exports(run_dir: Path, shards: Path) -> None:
+    lines = read_lines(run_dir / "metrics.jsonl")
+    measured = [line["eval"] for line in lines if "eval" in line]
+    assert [line["step"] for line in lines if "eval" in line] == [6, 12]
+    assert all(worth["images"] == 25 for worth in measured)
+    assert set(measured[-1]) >= {"top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss"}
+    model = timm.create_model(f"local-dir:{run_dir / 'model'}", pretrained=True).eval()
+    logits, labels = [], []
+    with torch.no_grad():
+        for batch in open_split(make_config(shards, run_dir), "validation", num_classes=CLASSES):
+            logits.append(model(normalize(batch.images)))
+            labels.append(batch.labels)
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+    assert float(loss) == pytest.approx(measured[-1]["ema_loss"], rel=1e-5)
+    top1 = (torch.cat(logits).argmax(dim=1) == torch.cat(labels)).double().mean()
+    assert float(top1) == pytest.approx(measured[-1]["ema_top1"])
+
+
+def test_run_freezes_and_says_so(run_dir: Path) -> None:
+    freezes = [line for line in read_lines(run_dir / "events.jsonl") if line["event"] == "freeze"]
+    assert freezes
+    assert all(line["heads"] == [] for line in freezes)
+    elements = [line["gradient_elements"] for line in read_lines(run_dir / "metrics.jsonl")]
+    assert elements[-1] < elements[0]
+    card = (run_dir / "model" / "README.md").read_text()
+    assert "fine-tuned" in card
+    assert "| finished |" in card
+    early, late = (read_pretrained(run_dir / "checkpoints" / f"step-{step:08d}").weights for step in (10, 12))
+    assert torch.equal(early["patch_embed.proj.weight"], late["patch_embed.proj.weight"])
+    assert not torch.equal(early["head.weight"], late["head.weight"])
+
+
+def test_resumed_run_ends_with_the_same_bits(run_dir: Path, shards: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copy(run_dir / "config.yaml", again)
+    shutil.copytree(run_dir / "checkpoints" / "step-00000005", again / "checkpoints" / "step-00000005")
+    assert finetune(make_config(shards, again)) == 0
+    expected, found = (load_file(place / "model" / "model.safetensors") for place in (run_dir, again))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    last = [read_lines(place / "metrics.jsonl")[-1] for place in (run_dir, again)]
+    assert last[0]["eval"] == last[1]["eval"]
+
+
+def finetune_here(values: dict[str, Any], folder: str) -> int:
+    """What each rank does."""
+    return finetune(make_config(Path(folder), Path(values["run.dir"]), **values))
+
+
+@pytest.mark.distributed
+def test_two_ranks_count_every_image_once(shards: Path, tmp_path: Path) -> None:
+    """25 validation images on two ranks: 13 and 12."""
+    directory = tmp_path / "two"
+    assert run_ranks(finetune_here, {"run.dir": str(directory)}, str(shards)) == [0, 0]
+    worth = read_lines(directory / "metrics.jsonl")[-1]["eval"]
+    assert worth["images"] == 25
+    model = timm.create_model(f"local-dir:{directory / 'model'}", pretrained=True).eval()
+    right = 0
+    with torch.no_grad():
+        for batch in open_split(make_config(shards, directory), "validation"):
+            right += int((model(normalize(batch.images)).argmax(dim=1) == batch.labels).sum())
+    assert worth["ema_top1"] == pytest.approx(right / 25)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_localmims() -> None:
+    b100, b1600, large = (load_config(f"finetune_{name}") for name in ("b_100ep", "b_1600ep", "l"))
+    assert (b100.base_lr, b100.optim.min_lr, b100.finetune.layer_decay) == (4e-3, 1e-6, 0.75)
+    assert (b1600.base_lr, b1600.optim.min_lr, b1600.finetune.layer_decay) == (2e-3, 1e-5, 0.65)
+    assert (large.base_lr, large.finetune.drop_path, str(large.optim.warmup)) == (3e-3, 0.2, "5 epochs")
+    assert (str(b100.run.length), str(large.run.length)) == ("100 epochs", "50 epochs")
+    assert b100.batch.global_size == b1600.batch.global_size == large.batch.global_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.every": "0 steps"}, r"eval\.every is '0 steps'; allowed: above 0"),
+        ({"data.val": []}, r"data\.val is .*; allowed: labelled validation shards"),
+        ({"model.mask_ratio": 0.5}, r"model\.mask_ratio is 0\.5; .* `vitfreeze finetune` has no use for it"),
+        ({"finetune.aa": "nonsense"}, r"finetune\.aa is 'nonsense'; allowed: a policy of timm"),
+        ({"finetune.layer_decay": 1.5}, r"finetune\.layer_decay is 1\.5; allowed: a number in \(0, 1\]"),
+        ({"finetune.global_pool": "max"}, r"finetune\.global_pool is 'max'; allowed: one of avg, token"),
+        ({"model.init_from": "nothing"}, r"model\.init_from is 'nothing'; .*no run folder or file"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Finetuning(make_config(shards, tmp_path / "run", **changes))
+
+
+def test_weights_of_another_size_are_refused_and_leave_no_folder(run_dir: Path, shards: Path, tmp_path: Path) -> None:
+    changes = {"model.init_from": str(run_dir), "model.embed_dim": 96, "model.img_size": 32}
+    with pytest.raises(ConfigError, match=r"not with embed_dim 48 there and 96 here, img_size 64 there and 32 here"):
+        finetune(make_config(shards, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_number_of_classes_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="label"):
+        finetune(make_config(shards, tmp_path / "run", **{"finetune.num_classes": 5}))
+
+
+def test_pretraining_refuses_settings_of_fine_tuning(shards: Path, tmp_path: Path) -> None:
+    from vitfreeze.tasks import Pretraining
+
+    with pytest.raises(ConfigError, match=r"finetune\.\w+ is .*`vitfreeze pretrain` has no use for it"):
+        Pretraining(make_config(shards, tmp_path / "run"))
