@@ -7,8 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_lines, read_losses
@@ -55,6 +57,23 @@ def test_one_rank_hears_the_request_and_all_save_and_stop(bench: Bench) -> None:
         assert read_events(run_dir, "stop")[-1]["step"] == taken
     assert bench.run("stopped", ranks=2) == [0, 0]
     assert list(read_losses(run_dir)) == list(range(1, 17))
+
+
+def test_a_signal_to_the_data_workers_too_still_leads_to_a_save(bench: Bench) -> None:
+    """Terminals and schedulers signal every process of a job at once."""
+    job = bench.start("group", "data.workers=2", "data.prefetch=1", "checkpoint.every=100 steps")
+    wait_for_step(bench, "group", job, 2)
+    parent = psutil.Process(job.processes[0].pid)
+    workers = parent.children(recursive=True)
+    assert len(workers) >= 2
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for process in (*workers, parent):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+    assert job.wait() == [EXIT_STOPPED], bench.log("group")
+    assert newest_checkpoint(bench.folder / "group").is_dir()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
 
 
 def test_the_launchers_sigterm_after_ctrl_c_is_no_second_ctrl_c(bench: Bench) -> None:

@@ -30,7 +30,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     objects = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             objects.append(json.loads(line))
         except json.JSONDecodeError:
@@ -161,6 +161,7 @@ class Board:
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         self.folder = folder
         self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_step)
+        self._has_warned = False
 
     def add_scalars(self, figures: Mapping[str, float], step: int) -> None:
         """Add numbers by name."""
@@ -181,8 +182,9 @@ class Board:
                 self._writer = SummaryWriter(str(self.folder))
             action(self._writer)
         except OSError as error:
-            logger.warning("%s cannot be written (%s); figures are missing there", self.folder, error.strerror)
-            self._writer = None
+            if not self._has_warned:
+                logger.warning("%s cannot be written (%s); figures are missing there", self.folder, error.strerror)
+            self._writer, self._has_warned = None, True
 
 
 class Reporter:

@@ -79,18 +79,18 @@ def open_slices(checkpoint: Checkpoint) -> Iterator[SliceReader]:
                 first, last = max(reached, low), min(stop, high)
                 if first >= last or first != reached:
                     continue
-                if name not in files:
-                    files[name] = stack.enter_context(safe_open(checkpoint.path / name, framework="pt"))
-                pieces.append(files[name].get_slice(f"{group}/{key}")[first - low : last - low])
+                try:
+                    if name not in files:
+                        files[name] = stack.enter_context(safe_open(checkpoint.path / name, framework="pt"))
+                    pieces.append(files[name].get_slice(f"{group}/{key}")[first - low : last - low])
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(f"{checkpoint.path / name} cannot be read: {error}") from error
                 reached = last
             if reached != stop:
                 raise CheckpointError(f"{checkpoint.path} lacks elements {reached} to {stop} of {group}/{key}")
             return torch.cat(pieces) if pieces else torch.empty(0)
 
-        try:
-            yield read
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{checkpoint.path} cannot be read: {error}") from error
+        yield read
 
 
 def _read_tensors(path: Path, *, only: tuple[str, ...] = ("",)) -> dict[str, Tensor]:

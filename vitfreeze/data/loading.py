@@ -212,8 +212,13 @@ class _BatchMaker(Dataset):
 
 
 def _start_worker(_: int) -> None:
-    """Prepare a worker: Ctrl-C is the main process's to handle, and one image at a time needs one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a worker: signals are the main process's to handle, and one image at a time needs one thread.
+
+    Terminals and schedulers signal whole process groups; the main process needs its workers until it has saved.
+    """
+    signal.set_wakeup_fd(-1)  # inherited, it would pass this worker's signals off as the main process's own
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -92,7 +92,7 @@ def _load(ds_config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], st
         content = json.loads(Path(ds_config).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"DeepSpeed configuration {ds_config} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"DeepSpeed configuration {ds_config} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"DeepSpeed configuration {ds_config} holds a {type(content).__name__}, not an object")
