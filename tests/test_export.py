@@ -130,7 +130,7 @@ def test_card_says_what_it_is_and_its_python_runs(run_dir: Path, tmp_path: Path)
     card = file.with_suffix(".md").read_text()
     assert "NOT FINISHED" in card
     assert "2 steps were taken" in card
-    assert "| loss | 0.2500 |" in card
+    assert "| training loss | 0.2500 |" in card
     assert "FreezeOut, t_0 0.8, cubic, rates scaled" in card
     assert "3 of 9 layers" in card
     assert "| block 1 | exact |" in card

@@ -238,6 +238,7 @@ def test_run_freezes_and_says_so(run_dir: Path) -> None:
     card = (run_dir / "model" / "README.md").read_text()
     assert "fine-tuned" in card
     assert "| finished |" in card
+    assert "| validation images | 25 |" in card
     early, late = (read_pretrained(run_dir / "checkpoints" / f"step-{step:08d}").weights for step in (10, 12))
     assert torch.equal(early["patch_embed.proj.weight"], late["patch_embed.proj.weight"])
     assert not torch.equal(early["head.weight"], late["head.weight"])

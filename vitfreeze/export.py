@@ -30,6 +30,8 @@ from vitfreeze.report import read_json_lines
 
 logger = logging.getLogger("vitfreeze")
 FORMATS = ("timm", "safetensors", "hf", "torch")
+_COSTS = ("seconds", "share_of_time")
+_FIGURE_NAMES = {"top1": "top-1", "top5": "top-5", "loss": "validation loss", "images": "validation images"}
 ARCHITECTURE = "vit_base_patch16_224"  # timm's class; `model_args` give it the dimensions
 _TO_HF = (
     (r"^cls_token$", "embeddings.cls_token"),
@@ -240,6 +242,7 @@ def _training_lines(pretrained: Pretrained) -> list[str]:
         "frozen at the end": f"{checkpoint.frozen_layers} of {pretrained.size.num_layers} layers",
         "skipped steps": str(counters.get("skipped_steps", 0)),
         "seed": str(config.run.seed),
+        "began with": config.model.init_from or "random weights",
         **_figures(folder, step=checkpoint.step),
     }
     return [
@@ -256,11 +259,12 @@ def _figures(folder: Path, *, step: int) -> dict[str, str]:
     figures = {}
     metrics = [line for line in read_json_lines(folder / "metrics.jsonl") if line["step"] <= step]
     if metrics:
-        figures["loss"] = f"{metrics[-1]['loss']:.4f}"
+        figures["training loss"] = f"{metrics[-1]['loss']:.4f}"
         figures["images per second"] = f"{metrics[-1]['images_per_second']:.1f}"
-    for event in read_json_lines(folder / "events.jsonl"):
-        if event["event"] == "evaluation" and event["step"] <= step:
-            figures |= {name: f"{value:.4f}" for name, value in event["figures"].items()}
+    evaluated = [line["eval"] for line in metrics if "eval" in line]
+    if evaluated:
+        worth = {name: value for name, value in evaluated[-1].items() if name not in _COSTS}
+        figures |= {_FIGURE_NAMES.get(name, name): f"{value:.4g}" for name, value in worth.items()}
     return figures
 
 

@@ -110,6 +110,10 @@ def _extract_splits(
     found = []
     for split in ("train", "validation"):
         loader = open_split(config, split, rank=processes.rank, world_size=processes.world_size)
+        if loader.num_samples < processes.world_size:
+            raise ValueError(
+                f"{processes.world_size} ranks have too little to do with {loader.num_samples} {split} images"
+            )
         logger.info("features of %d %s images of %s", loader.num_samples, split, pretrained.origin)
         found.append(
             extract_block_features(

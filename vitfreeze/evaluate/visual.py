@@ -155,7 +155,7 @@ def draw_figure(panels: Sequence[Panel], *, title: str = "") -> Figure:
                 axis.set_title(panel.title, fontsize=9)
     figure.suptitle(title, fontsize=10)
     top = 1 - (0.25 / figure.get_figheight() if title else 0)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, top))
+    figure.tight_layout(pad=0.3, h_pad=0.8, rect=(0, 0, 1, top))
     return figure
 
 
