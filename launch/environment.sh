@@ -66,6 +66,16 @@ count_ranks() {
     echo $((gpus > 0 ? gpus : 2))
 }
 
+# A process that is killed while DeepSpeed loads its kernel leaves a lock behind, at which every later run would wait
+# without end. A younger one may be that of a node that shares this folder and starts at this moment.
+remove_stale_locks() {
+    local old='30 seconds ago'
+    if pgrep -u "$(id -u)" -f '[-]m vitfreeze ' >/dev/null; then
+        old='10 minutes ago'
+    fi
+    find "$TORCH_EXTENSIONS_DIR" -name lock ! -newermt "$old" -delete 2>/dev/null || true
+}
+
 # What the first and the second Ctrl-C do to the process group of a run; a launcher over ssh has its own.
 ask_to_stop() { kill -USR1 -- "-$1"; }
 kill_at_once() { kill -KILL -- "-$1"; }
@@ -79,6 +89,7 @@ run_and_forward_signals() {
     if [[ ${OMP_NUM_THREADS:-} == "" ]]; then
         export OMP_NUM_THREADS=$(($(nproc) / $(count_ranks) > 0 ? $(nproc) / $(count_ranks) : 1))
     fi
+    remove_stale_locks
     setsid "$@" &
     child=$!
     trap 'trap "kill_at_once $child" INT TERM; ask_to_stop "$child"' INT TERM

@@ -91,11 +91,14 @@ write_environment() {
 # Run a shell command on every node by ssh.
 run_everywhere() { PDSH_RCMD_TYPE=ssh pdsh -w "$(IFS=, && echo "${hosts[*]}")" "$1"; }
 
-# Signal the training processes of this launch on every node, and nobody else's.
+# Signal the training processes of this launch on every node, and nobody else's. SIGUSR1 goes to those that handle it
+# already: the others would die of it.
 signal_everywhere() {
     # shellcheck disable=SC2016
     run_everywhere 'for pid in $(pgrep -u "$(id -u)" -f "[-]m vitfreeze "); do
-        grep -qzx "VITFREEZE_LAUNCH='"$VITFREEZE_LAUNCH"'" "/proc/$pid/environ" 2>/dev/null && kill -'"$1"' "$pid"
+        grep -qzx "VITFREEZE_LAUNCH='"$VITFREEZE_LAUNCH"'" "/proc/$pid/environ" 2>/dev/null || continue
+        handled=$(sed -n "s/^SigCgt:[[:space:]]*/0x/p" "/proc/$pid/status")
+        if [ '"$1"' = KILL ] || [ $((handled & 0x200)) -ne 0 ]; then kill -'"$1"' "$pid"; fi
     done; true'
 }
 
