@@ -33,3 +33,12 @@ def test_bad_input_is_refused(settings: dict[str, Any], sentence: str) -> None:
 
     with pytest.raises(ValueError, match=sentence):
         next(measure_drops(settings.pop("size", "vit_tiny_test"), **settings))
+
+
+def test_command_line_refuses_an_unknown_size(capsys: pytest.CaptureFixture[str]) -> None:
+    from vitfreeze.cli import EXIT_BAD_INPUT, main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "freeze", "--size", "vit_odd"])
+    assert ended.value.code == EXIT_BAD_INPUT
+    assert "size 'vit_odd': allowed are vit_tiny_test" in capsys.readouterr().err

@@ -350,6 +350,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
     _add_bench_step(parts)
+    _add_bench_freeze(parts)
 
 
 def _add_bench_data(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
