@@ -21,10 +21,11 @@ NOTHING: Mapping[int, Any] = MappingProxyType({})
 
 
 class Cluster:
-    """Nodes named a, b, c, ... of one process each."""
+    """Nodes named a, b, c, ... of one process each; what they start is added to `scripts`."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, scripts: list[Script]) -> None:
         self.folder = folder
+        self.scripts = scripts
         self.names = [chr(ord("a") + node) for node in range(nodes)]
         self.hostfile = folder / "hostfile"
         self.hostfile.write_text("".join(f"{name} slots=1\n" for name in self.names))
@@ -62,7 +63,18 @@ class Cluster:
                     before=before.get(node, ()),
                 )
             )
+        self.scripts += scripts
         return scripts
+
+
+@pytest.fixture
+def scripts() -> Iterator[list[Script]]:
+    """What was started; ended with the test, however it ends."""
+    started: list[Script] = []
+    yield started
+    for script in started:
+        if script.process.poll() is None:
+            script.lose()
 
 
 @pytest.fixture
@@ -76,23 +88,25 @@ def newest_step(run: Path) -> int:
     return int(pointer.read_text().strip().rpartition("-")[2]) if pointer.is_file() else 0
 
 
-def undisturbed_losses(recipe: Path, folder: Path) -> dict[int, float]:
+def undisturbed_losses(recipe: Path, folder: Path, scripts: list[Script]) -> dict[int, float]:
     """Return the loss of every step of the same run in one process."""
-    (alone,) = Cluster(folder, 1).start("pretrain", str(recipe), f"run.dir={folder / 'alone'}")
+    (alone,) = Cluster(folder, 1, scripts).start("pretrain", str(recipe), f"run.dir={folder / 'alone'}")
     assert alone.wait() == 0, alone.text()
     return {step: line["loss"] for step, line in read_losses(folder / "alone").items()}
 
 
-def test_two_nodes_take_the_same_steps_as_one(recipe: Path, tmp_path: Path) -> None:
-    nodes = Cluster(tmp_path, 2).start("pretrain", str(recipe), f"run.dir={tmp_path / 'run'}")
+def test_two_nodes_take_the_same_steps_as_one(recipe: Path, tmp_path: Path, scripts: list[Script]) -> None:
+    nodes = Cluster(tmp_path, 2, scripts).start("pretrain", str(recipe), f"run.dir={tmp_path / 'run'}")
     assert [node.wait() for node in nodes] == [0, 0], nodes[0].text()
     losses = {step: line["loss"] for step, line in read_losses(tmp_path / "run").items()}
-    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path), rel=1e-5)
+    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path, scripts), rel=1e-5)
     assert len(losses) == 24
 
 
-def test_a_node_is_lost_and_the_rest_goes_on_with_the_same_samples(recipe: Path, tmp_path: Path) -> None:
-    cluster, run = Cluster(tmp_path, 4), tmp_path / "run"
+def test_a_node_is_lost_and_the_rest_goes_on_with_the_same_samples(
+    recipe: Path, tmp_path: Path, scripts: list[Script]
+) -> None:
+    cluster, run = Cluster(tmp_path, 4, scripts), tmp_path / "run"
     nodes = cluster.start("pretrain", str(recipe), f"run.dir={run}")
     wait_until(lambda: newest_step(run) >= 8, what="the second checkpoint")
     nodes[2].lose()
@@ -102,11 +116,13 @@ def test_a_node_is_lost_and_the_rest_goes_on_with_the_same_samples(recipe: Path,
     nodes = cluster.start("pretrain", str(recipe), f"run.dir={run}", exclude=["c"])  # 24 images divide by 3 ranks too
     assert [node.wait() for node in nodes] == [0, 0, 0], nodes[0].text()
     losses = {step: line["loss"] for step, line in read_losses(run).items()}
-    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path), rel=1e-5)
+    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path, scripts), rel=1e-5)
 
 
-def test_a_stopped_run_says_75_on_every_node_and_goes_on_on_half_of_them(recipe: Path, tmp_path: Path) -> None:
-    cluster, run = Cluster(tmp_path, 2), tmp_path / "run"
+def test_a_stopped_run_says_75_on_every_node_and_goes_on_on_half_of_them(
+    recipe: Path, tmp_path: Path, scripts: list[Script]
+) -> None:
+    cluster, run = Cluster(tmp_path, 2, scripts), tmp_path / "run"
     nodes = cluster.start("pretrain", str(recipe), f"run.dir={run}")
     wait_until(lambda: newest_step(run) >= 4, what="the first checkpoint")
     nodes[1].interrupt()
@@ -115,11 +131,11 @@ def test_a_stopped_run_says_75_on_every_node_and_goes_on_on_half_of_them(recipe:
     (node,) = cluster.start("pretrain", str(recipe), f"run.dir={run}", exclude=["a"])
     assert node.wait() == 0, node.text()
     losses = {step: line["loss"] for step, line in read_losses(run).items()}
-    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path), rel=1e-5)
+    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path, scripts), rel=1e-5)
 
 
-def test_ranks_that_do_not_mean_the_same_run_do_not_start(recipe: Path, tmp_path: Path) -> None:
-    cluster, run = Cluster(tmp_path, 2), f"run.dir={tmp_path / 'run'}"
+def test_ranks_that_do_not_mean_the_same_run_do_not_start(recipe: Path, tmp_path: Path, scripts: list[Script]) -> None:
+    cluster, run = Cluster(tmp_path, 2, scripts), f"run.dir={tmp_path / 'run'}"
     other_code = tmp_path / "other"
     shutil.copytree(ROOT / "vitfreeze", other_code / "vitfreeze", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "ds_configs", other_code / "ds_configs")
@@ -137,16 +153,18 @@ def test_ranks_that_do_not_mean_the_same_run_do_not_start(recipe: Path, tmp_path
         assert newest_step(tmp_path / "run") == 0
 
 
-def test_a_node_that_never_comes_is_named(recipe: Path, tmp_path: Path) -> None:
-    (node,) = Cluster(tmp_path, 2).start(
+def test_a_node_that_never_comes_is_named(recipe: Path, tmp_path: Path, scripts: list[Script]) -> None:
+    (node,) = Cluster(tmp_path, 2, scripts).start(
         "pretrain", str(recipe), f"run.dir={tmp_path / 'run'}", only=[0], variables={0: {"DEEPSPEED_TIMEOUT": "1"}}
     )
     assert node.wait() == 2
     assert "rank 1 of 2 (node 1, counted from 0 in the hostfile) did not start within 1 minutes" in node.text()
 
 
-def test_a_world_size_that_does_not_divide_the_batch(recipe: Path, tmp_path: Path) -> None:
-    nodes = Cluster(tmp_path, 2).start("pretrain", str(recipe), f"run.dir={tmp_path / 'run'}", "batch.global_size=9")
+def test_a_world_size_that_does_not_divide_the_batch(recipe: Path, tmp_path: Path, scripts: list[Script]) -> None:
+    nodes = Cluster(tmp_path, 2, scripts).start(
+        "pretrain", str(recipe), f"run.dir={tmp_path / 'run'}", "batch.global_size=9"
+    )
     assert [node.wait() for node in nodes] == [2, 2]
     assert "9 / 2 is not whole" in nodes[0].text()
 
@@ -178,8 +196,10 @@ def network() -> Iterator[list[str]]:
     ip(f"link del {tag}br")
 
 
-def test_nodes_with_their_own_addresses(recipe: Path, tmp_path: Path, network: list[str]) -> None:
-    cluster, run = Cluster(tmp_path, 4), tmp_path / "run"
+def test_nodes_with_their_own_addresses(
+    recipe: Path, tmp_path: Path, scripts: list[Script], network: list[str]
+) -> None:
+    cluster, run = Cluster(tmp_path, 4, scripts), tmp_path / "run"
     before = {node: ["ip", "netns", "exec", space] for node, space in enumerate(network)}
     variables = {node: {"GLOO_SOCKET_IFNAME": "net0"} for node in range(4)}
     where = {"before": before, "variables": variables, "address": "10.77.0.1"}
@@ -195,10 +215,12 @@ def test_nodes_with_their_own_addresses(recipe: Path, tmp_path: Path, network: l
     nodes = cluster.start("pretrain", str(recipe), f"run.dir={run}", exclude=["d"], **where)
     assert [node.wait() for node in nodes] == [0] * 3, nodes[0].text()
     losses = {step: line["loss"] for step, line in read_losses(run).items()}
-    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path), rel=1e-5)
+    assert losses == pytest.approx(undisturbed_losses(recipe, tmp_path, scripts), rel=1e-5)
 
 
-def test_torchrun_restarts_the_rest_by_itself_and_tells_a_stop_from_success(recipe: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_the_rest_by_itself_and_tells_a_stop_from_success(
+    recipe: Path, tmp_path: Path, scripts: list[Script]
+) -> None:
     run, endpoint = tmp_path / "run", f"127.0.0.1:{find_free_port()}"
     nodes = [
         Script(
@@ -220,6 +242,7 @@ def test_torchrun_restarts_the_rest_by_itself_and_tells_a_stop_from_success(reci
         )
         for node in range(2)
     ]
+    scripts += nodes
     wait_until(lambda: newest_step(run) >= 8, what="the second checkpoint")
     nodes[1].lose()
     lost_at = newest_step(run)
