@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 TOTAL_STEPS = 16
+ADAPTIVE = ("freeze.adaptive_threshold=0.5", "freeze.adaptive_window=8 steps", "freeze.adaptive_floor=0")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,10 @@ def assert_same_end(mine: Path, theirs: Path) -> None:
     assert list(read_losses(mine)) == list(range(1, TOTAL_STEPS + 1))
     assert read_losses(mine) == read_losses(theirs)
     assert freeze_steps(mine) == freeze_steps(theirs)
+    assert_same_tensors(mine, theirs)
+
+
+def assert_same_tensors(mine: Path, theirs: Path) -> None:
     names = sorted(path.name for path in newest_checkpoint(mine).glob("*.safetensors"))
     assert names == sorted(path.name for path in newest_checkpoint(theirs).glob("*.safetensors"))
     for name in names:
@@ -81,6 +86,34 @@ def test_kills_before_at_and_after_every_freeze(bench: Bench) -> None:
     for number in range(len(instants)):  # one run per instant, killed there at every freeze that it reaches anew
         run_through(bench, f"freezes-{number}", kills[number :: len(instants)])
         assert_same_end(bench.folder / f"freezes-{number}", bench.folder / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("half", ["freeze.prefix_precision=bf16"]),
+        ("late-drops", ["freeze.min_steps_between_drops=4"]),
+        ("by-weight", ["freeze.mode=adaptive", *ADAPTIVE, "freeze.adaptive_measure=weight"]),
+        ("by-gradient", ["freeze.mode=adaptive", *ADAPTIVE, "freeze.adaptive_measure=gradient"]),
+    ],
+)
+def test_other_ways_to_freeze_are_as_exact(bench: Bench, name: str, settings: list[str]) -> None:
+    settings = [*settings, "run.log_every_steps=2", "checkpoint.every=5 steps"]  # between checks, between log lines
+    assert bench.run(name, *settings) == [0], bench.log(name)
+    assert freeze_steps(bench.folder / name)
+    for step in (7, 12):
+        job = bench.start(f"{name}-killed", *settings, kill=Kill(where="update", step=step))
+        job.processes[0].join(120)
+    assert bench.run(f"{name}-killed", *settings) == [0], bench.log(f"{name}-killed")
+    mine, theirs = bench.folder / f"{name}-killed", bench.folder / name
+    assert read_losses(mine) == read_losses(theirs)
+    assert_same_tensors(mine, theirs)
+    assert read_checks(mine) == read_checks(theirs)
+
+
+def read_checks(run_dir: Path) -> list[tuple[int, object, int]]:
+    events = read_events(run_dir, "adaptive_check")
+    return [(event["step"], event["changes"], event["frozen_layers"]) for event in events]
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])

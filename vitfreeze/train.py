@@ -19,7 +19,16 @@ from vitfreeze.engine import join_processes
 from vitfreeze.planner import fit_micro_batch
 from vitfreeze.report import Meter, Reporter, format_bytes
 from vitfreeze.run import Run
-from vitfreeze.survival import EXIT_FAILED, EXIT_STOPPED, Keeper, RunFailedError, report_start, schedule_state
+from vitfreeze.survival import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    Keeper,
+    RunFailedError,
+    load_local_state,
+    local_state,
+    report_start,
+    schedule_state,
+)
 from vitfreeze.tasks import Pretraining, Task
 
 logger = logging.getLogger("vitfreeze")
@@ -48,7 +57,7 @@ def run_task(task: Task, *, fresh: bool) -> int:
         engine = build_engine(config, processes, frozen_layers=frozen_layers, model=model)
         meter = Meter()
         if checkpoint:
-            meter.load_state(load_checkpoint(checkpoint, engine))
+            load_local_state(load_checkpoint(checkpoint, engine), meter=meter, engine=engine, config=config)
         reporter = Reporter(
             directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps,
             description=task.description,
@@ -85,7 +94,7 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
             "position": loader.position(done), "total_steps": total_steps, RESUMED_FROM: resumed_from,
             **schedule_state(schedule, done),
         },
-        local=run.meter.state,
+        local=lambda: local_state(run.meter, engine),
     )  # fmt: skip
     with keeper:
         batches: Iterator[Batch] | None = None

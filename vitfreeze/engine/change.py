@@ -42,6 +42,17 @@ class ChangeMeter:
         ratios = [float(value) for value in change / size]
         return tuple(ratios[layer] if layer in layers.values() else None for layer in range(self.num_layers))
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what this rank remembers of the last reading; a run that goes on from it measures on."""
+        norms = {"norms": self._norms} if self._norms is not None else {}
+        return {**{f"weights/{name}": value for name, value in self._weights.items()}, **norms}
+
+    def load_state(self, state: Mapping[str, Tensor], *, device: torch.device) -> None:
+        """Remember another reading of as many ranks instead."""
+        moved = {name: value.to(device) for name, value in state.items()}
+        self._norms = moved.pop("norms", None)
+        self._weights = {name.removeprefix("weights/"): value for name, value in moved.items()}
+
     def _sums(
         self, groups: Mapping[str, GroupState], layers: Mapping[str, int], *, device: torch.device
     ) -> tuple[Tensor | None, Tensor]:

@@ -457,6 +457,16 @@ class FreezingEngine:
             self._change_meter = ChangeMeter(measure, num_layers=self.module.depth + 1)
         return self._change_meter.read(self._read_groups(), device=self.device)
 
+    def change_state(self) -> dict[str, Tensor]:
+        """Return what this rank needs to go on measuring changes after a resume; nothing if it measures none."""
+        return self._change_meter.state() if self._change_meter is not None else {}
+
+    def load_change_state(self, measure: str, state: Mapping[str, Tensor]) -> None:
+        """Restore what `change_state` returned on this rank, of as many ranks; an empty state changes nothing."""
+        if state:
+            self._change_meter = ChangeMeter(measure, num_layers=self.module.depth + 1)
+            self._change_meter.load_state(state, device=self.device)
+
     def mean_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Return the mean of each value over all ranks, on every rank."""
         total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)

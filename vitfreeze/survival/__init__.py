@@ -1,6 +1,15 @@
 """What a run does about requests to stop, hangs, losses that are not finite, and saving in time."""
 
-from vitfreeze.survival.keeper import EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED, Keeper, report_start, schedule_state
+from vitfreeze.survival.keeper import (
+    EXIT_FAILED,
+    EXIT_HUNG,
+    EXIT_STOPPED,
+    Keeper,
+    load_local_state,
+    local_state,
+    report_start,
+    schedule_state,
+)
 from vitfreeze.survival.losses import LossGuard, RunFailedError
 from vitfreeze.survival.signals import StopSignals
 from vitfreeze.survival.watchdog import Watchdog
@@ -14,6 +23,8 @@ __all__ = [
     "RunFailedError",
     "StopSignals",
     "Watchdog",
+    "load_local_state",
+    "local_state",
     "report_start",
     "schedule_state",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from vitfreeze.checkpoint import ADAPTIVE_CHECKS, CheckpointWriter, SaveReport, SaveSchedule, Start
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
-from vitfreeze.report import Reporter, format_bytes
+from vitfreeze.report import Meter, Reporter, format_bytes
 from vitfreeze.schedule import RunSchedule
 from vitfreeze.survival.losses import LossGuard, RunFailedError
 from vitfreeze.survival.signals import StopSignals
@@ -24,6 +24,7 @@ from vitfreeze.survival.watchdog import Watchdog
 
 logger = logging.getLogger("vitfreeze")
 
+_METER, _CHANGE = "meter/", "change/"
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved on request, the same command goes on
 EXIT_HUNG = 79  # no step ended; the same command goes on from the newest checkpoint
@@ -199,6 +200,22 @@ def report_start(start: Start, reporter: Reporter) -> None:
         "resume", start.step, message=start.reason, path=str(checkpoint.path), world_size=checkpoint.world_size,
         versions=checkpoint.manifest["versions"], frozen_layers=checkpoint.frozen_layers,
     )  # fmt: skip
+
+
+def local_state(meter: Meter, engine: FreezingEngine) -> dict[str, Tensor]:
+    """Return what this rank alone needs to go on exactly: sums that are not logged yet, the last adaptive reading."""
+    parts = {_METER: meter.state(), _CHANGE: engine.change_state()}
+    return {prefix + name: value for prefix, state in parts.items() for name, value in state.items()}
+
+
+def load_local_state(state: Mapping[str, Tensor], *, meter: Meter, engine: FreezingEngine, config: Config) -> None:
+    """Restore what `local_state` returned; a run on another number of ranks has none and begins these anew."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    meter.load_state(part(_METER))
+    engine.load_change_state(config.freeze.adaptive_measure, part(_CHANGE))
 
 
 def schedule_state(schedule: RunSchedule, done: int) -> dict[str, Any]:
