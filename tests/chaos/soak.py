@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"depth": 12, "embed_dim": 24, "decoder_embed_dim": 16},
     "data": {"workers": 1},
     "batch": {"global_size": 2, "micro_size": 2},
+    "freeze": {"t_0": 0.05},  # the drops are spread over the whole run
     "run": {"log_every_steps": 200},
     "checkpoint": {"every": "500 steps"},
 }
