@@ -376,7 +376,7 @@ def test_hog_bias_comes_from_its_seed_and_not_from_the_global_one() -> None:
 def test_compiled_parts_survive_a_longer_prefix() -> None:
     model = build()
     compiled = copy.deepcopy(model)
-    compiled.compile_parts()
+    compiled.compile_parts(backend="aot_eager")  # the same graphs as inductor's, without minutes of C++
     images, noise = batch(model)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     graphs = []
@@ -392,8 +392,8 @@ def test_compiled_parts_survive_a_longer_prefix() -> None:
             torch.testing.assert_close(gradients(compiled)[name], gradient, rtol=1e-3, atol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
     assert list(compiled.state_dict()) == list(model.state_dict())
-    # One block without gradients joins when the first block freezes; nothing new after that.
-    assert graphs[-1] == graphs[3]
+    # With 1 layer frozen the first block's input needs no gradient, with 2 a block is frozen; nothing new after that.
+    assert graphs[0] < graphs[1] < graphs[2] == graphs[-1]
 
 
 # ------------------------------------------------------------------ names and bad input

@@ -608,11 +608,13 @@ class LocalMIM(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile every block, every head and the targets by themselves; options are those of `torch.compile`.
+        """Compile every block and every head by itself; options are those of `torch.compile`.
 
-        All blocks share one compiled graph with gradients and one without, so that a longer frozen prefix runs what is
-        already compiled. Nothing else changes: names, weights and results stay.
+        Shapes are static unless `dynamic` says otherwise. All blocks share their graphs (one with gradients, one for
+        the first block above the frozen prefix, one for frozen blocks), and heads that leave take theirs along: a
+        longer prefix runs what is already compiled. Nothing else changes: names, weights and results stay.
         """
+        options.setdefault("dynamic", False)
         for part in (*self.blocks, *self.heads):
             part.compile(**options)
 

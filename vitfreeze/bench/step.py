@@ -115,7 +115,7 @@ def run_step_benchmark(
         micro_batch: images per step.
         precision: of weights and activations; below fp32, AdamW keeps master weights in fp32.
         device: cpu or cuda; a GPU when there is one by default.
-        compiled: torch.compile on every block, head and the targets.
+        compiled: torch.compile on every block and head.
         rounds, warmup_rounds: every length is measured once in each.
         clock: wall, or processor: the seconds that all threads of this process worked, whatever else the machine
             does. On a GPU always the GPU's own clock.
