@@ -425,7 +425,7 @@ def _add_bench_step(parts: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--frozen", metavar="K,K,...", help="numbers of frozen layers; 0 is always measured")
     parser.add_argument("--device", default="", help="cpu or cuda (default: a GPU when there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads on a CPU (default: all cores)")
-    parser.add_argument("--compile", action="store_true", help="compile blocks, heads and targets first")
+    parser.add_argument("--compile", action="store_true", help="compile blocks and heads first")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
     parser.add_argument(
         "--clock", default="wall", help="wall, or processor on a CPU that others use too (default %(default)s)"
