@@ -92,9 +92,13 @@ def test_kills_before_at_and_after_every_freeze(bench: Bench) -> None:
     ("name", "settings"),
     [
         ("half", ["freeze.prefix_precision=bf16"]),
-        ("late-drops", ["freeze.min_steps_between_drops=4"]),
+        pytest.param("late-drops", ["freeze.min_steps_between_drops=4"], marks=pytest.mark.slow),
         ("by-weight", ["freeze.mode=adaptive", *ADAPTIVE, "freeze.adaptive_measure=weight"]),
-        ("by-gradient", ["freeze.mode=adaptive", *ADAPTIVE, "freeze.adaptive_measure=gradient"]),
+        pytest.param(
+            "by-gradient",
+            ["freeze.mode=adaptive", *ADAPTIVE, "freeze.adaptive_measure=gradient"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_ways_to_freeze_are_as_exact(bench: Bench, name: str, settings: list[str]) -> None:
