@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from vitfreeze.config import ConfigError
+from vitfreeze.config import ConfigError, find_ds_config
 from vitfreeze.engine.processes import check_version
-from vitfreeze.engine.settings import choose_ds_config, complete_settings, read_settings
+from vitfreeze.engine.settings import best_ds_config, complete_settings, read_settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 SHIPPED = sorted(path.name for path in FOLDER.glob("*.json"))
@@ -101,8 +101,9 @@ def test_buckets_are_not_larger_than_what_trains() -> None:
 
 
 def test_choice_without_a_wish() -> None:
-    assert choose_ds_config("", device=torch.device("cpu")) == FOLDER / "cpu.json"
-    assert choose_ds_config("mine.json", device=torch.device("cpu")) == Path("mine.json")
+    assert find_ds_config(best_ds_config(torch.device("cpu"))) == FOLDER / "cpu.json"
+    with pytest.raises(ConfigError, match=r"'mine\.json'; allowed: a \.json file that exists, or one of cpu, "):
+        find_ds_config("mine.json")
 
 
 def test_untested_versions_are_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

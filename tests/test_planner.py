@@ -241,7 +241,7 @@ def test_saving_of_the_default_schedule(model: str, nbins: int, freeze_cls_token
 
 
 def test_plan_of_the_paper() -> None:
-    whole = plan(load_config("paper"))
+    whole = plan(load_config("paper", ["run.ds_config=zero1_bf16"]))
     assert (whole.total_steps, whole.warmup_steps, whole.steps_per_epoch) == (62_500, 6_250, 625)
     assert [stage.frozen_layers for stage in whole.stages] == list(range(13))
     assert sum(stage.steps for stage in whole.stages) == whole.total_steps
@@ -250,7 +250,9 @@ def test_plan_of_the_paper() -> None:
     start, last = whole.stages[0], whole.stages[-1]
     assert start.trainable_parameters == 89_916_140
     assert start.optimizer_state_bytes == 12 * 89_916_140
-    assert start.gradient_bytes_per_step == 2 * 89_916_140  # bfloat16
+    assert start.gradient_bytes_per_step == 2 * 89_916_140  # bfloat16, reduced once a step
+    each_micro_batch = plan(load_config("paper", ["run.ds_config=zero2_bf16"])).stages[0]
+    assert each_micro_batch.gradient_bytes_per_step == 2048 // 256 * start.gradient_bytes_per_step
     assert last.heads_left == (3,)
     assert whole.peak_memory_bytes == start.memory_bytes > last.memory_bytes
     # Head 0 leaves with layer 2, head 1 with layer 4, head 2 with layer 10.

@@ -398,3 +398,9 @@ def test_adaptive_run_follows_the_cosine_until_it_freezes() -> None:
     assert rates["layer_03"] == rates["head_1"] == run.cosine.learning_rate(step)
     events = [check.to_event() for check in run.adaptive.log]
     assert build_schedule(config, steps_per_epoch=625, events=events).learning_rates(step) == rates
+
+
+@pytest.mark.parametrize("depth", [4, 5, 6, 7, 12, 24])
+def test_every_head_is_a_unit(depth: int) -> None:
+    names = [unit.name for unit in freeze_units(depth)]
+    assert sorted(names) == sorted([f"head_{k}" for k in range(4)] + [f"layer_{i:02d}" for i in range(depth + 1)])

@@ -14,7 +14,7 @@ from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
 from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import EvalLoader, TrainLoader
 from vitfreeze.data.augmentation import Transform
-from vitfreeze.engine import FreezingEngine, Processes
+from vitfreeze.engine import FreezingEngine, Processes, best_ds_config
 from vitfreeze.model import LocalMIM
 
 
@@ -68,7 +68,7 @@ def open_training(
     meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())
     with meeting.fail_together():
         loader = build_loader(config, processes, transform=transform, num_classes=num_classes)
-        ds_config = json.loads(find_ds_config(config, default=best_ds_config(processes.device)).read_text())
+        ds_config = json.loads(find_ds_config(config.run.ds_config or best_ds_config(processes.device)).read_text())
     meeting.check_agreement(run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config))
     return loader
 
@@ -143,12 +143,5 @@ def build_engine(
 
 def read_ds_config(config: Config, device: torch.device) -> Path | dict[str, Any]:
     """Return the DeepSpeed JSON; its content, with the recipe's clipping, if the recipe clips."""
-    path, clip_grad = find_ds_config(config, default=best_ds_config(device)), config.finetune.clip_grad
+    path, clip_grad = find_ds_config(config.run.ds_config or best_ds_config(device)), config.finetune.clip_grad
     return path if clip_grad is None else {**json.loads(path.read_text()), "gradient_clipping": clip_grad}
-
-
-def best_ds_config(device: torch.device) -> str:
-    """Return the name of the DeepSpeed JSON for runs that set none: ZeRO-1 in the best precision of the device."""
-    if device.type == "cpu":
-        return "cpu"
-    return "zero1_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16"

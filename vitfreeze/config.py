@@ -336,19 +336,16 @@ def find_recipe(recipe: str | Path) -> Path:
     return path
 
 
-def find_ds_config(config: Config, *, default: str) -> Path:
-    """Return the DeepSpeed JSON of a run: a path, a name in ds_configs/, or the `default` name if none is set.
+def find_ds_config(name: str) -> Path:
+    """Return a DeepSpeed JSON: a path that ends in .json, or a name in ds_configs/.
 
     Raises:
         ConfigError: there is no such file.
     """
-    name = config.run.ds_config or default
     path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in DS_CONFIG_FOLDER.glob("*.json")))
-        raise config.error(
-            "run.ds_config", f"a .json file that exists, or one of {names or 'none: no ds_configs here'}"
-        )
+        names = ", ".join(sorted(p.stem for p in DS_CONFIG_FOLDER.glob("*.json"))) or f"none in {DS_CONFIG_FOLDER}"
+        raise ConfigError(f"run.ds_config is {name!r}; allowed: a .json file that exists, or one of {names}")
     return path
 
 

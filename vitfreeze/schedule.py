@@ -185,12 +185,12 @@ def freeze_units(depth: int, *, cls_token: bool = True, patch_embed: bool = True
     k. If `cls_token` or `patch_embed` is false, that parameter does not freeze with layer 0: it becomes a unit
     of its own that trains to the end, as the class token does in the authors' code.
     """
-    heads = {tap: f"head_{head}" for head, tap in enumerate(tap_blocks(depth))}
+    taps = tap_blocks(depth)
     units = [FreezeUnit(name="patch_embed", leaves_with=None)] if not patch_embed else []
     units += [FreezeUnit(name="cls_token", leaves_with=None)] if not cls_token else []
     for layer in reversed(range(depth + 1)):
-        if layer in heads:
-            units.append(FreezeUnit(name=heads[layer], leaves_with=layer))
+        # Two heads tap the same block of an encoder with 4 or 6 blocks.
+        units += [FreezeUnit(name=f"head_{k}", leaves_with=layer) for k, tap in enumerate(taps) if tap == layer]
         if layer > 0 or cls_token or patch_embed:
             units.append(FreezeUnit(name=f"layer_{layer:02d}", leaves_with=layer))
     return tuple(units)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.engine import FreezingEngine, choose_ds_config, join_processes
+from vitfreeze.config import find_ds_config
+from vitfreeze.engine import FreezingEngine, best_ds_config, join_processes
 from vitfreeze.model import LocalMIM
 
 
@@ -51,7 +52,7 @@ def measure_drops(
     model = LocalMIM(img_size=img_size, hog_nbins=9, **asdict(MODEL_SIZES[size]))
     engine = FreezingEngine(
         model,
-        ds_config=choose_ds_config(ds_config, device=processes.device),
+        ds_config=find_ds_config(str(ds_config) or best_ds_config(processes.device)),
         micro_batch=micro_batch,
     )
     engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))

@@ -2,7 +2,7 @@
 
 from vitfreeze.engine.freezing import EngineState, FreezeEvent, FreezingEngine
 from vitfreeze.engine.processes import Processes, join_processes
-from vitfreeze.engine.settings import DeepSpeedSettings, choose_ds_config, read_settings
+from vitfreeze.engine.settings import DeepSpeedSettings, best_ds_config, read_settings
 from vitfreeze.engine.slices import STATE_KEYS, GroupState, SliceReader
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "GroupState",
     "Processes",
     "SliceReader",
-    "choose_ds_config",
+    "best_ds_config",
     "join_processes",
     "read_settings",
 ]

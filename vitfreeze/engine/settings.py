@@ -13,8 +13,6 @@ import torch
 
 from vitfreeze.config import ConfigError
 
-DS_CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
-
 _RECIPE = "the recipe owns it"
 _LAYOUT = "it changes where a layer's values lie in ZeRO's flat buffers, on which dropping a layer relies"
 _MONITOR = "DeepSpeed rebuilds its monitors whenever a layer is dropped; runs write metrics.jsonl and TensorBoard files"
@@ -184,22 +182,12 @@ def complete_settings(
     }
 
 
-def choose_ds_config(path: str | Path, *, device: torch.device) -> Path:
-    """Return the DeepSpeed JSON of a run: the given one, or, when that is empty, what suits the device.
+def best_ds_config(device: torch.device) -> str:
+    """Return the name in ds_configs/ that suits a device, for runs that choose none.
 
-    Without a wish a CPU gets cpu.json, a GPU with bf16 units zero2_bf16.json and an older one zero1_fp16.json, from
-    the ds_configs folder beside the package.
-
-    Raises:
-        ConfigError: nothing was given and there is no such folder, as when only the package was installed.
+    A GPU with bf16 units sums gradients in fp32, which ZeRO offers in stage 2 without whole copies on every rank; an
+    older one takes fp16.
     """
-    if str(path):
-        return Path(path)
     if device.type != "cuda":
-        name = "cpu.json"
-    else:
-        name = "zero2_bf16.json" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16.json"
-    chosen = DS_CONFIG_FOLDER / name
-    if not chosen.is_file():
-        raise ConfigError(f"run.ds_config is empty and there is no {chosen}: give the path of a DeepSpeed JSON")
-    return chosen
+        return "cpu"
+    return "zero2_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero1_fp16"

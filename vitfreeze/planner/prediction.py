@@ -15,7 +15,7 @@ from vitfreeze.schedule import RunSchedule, build_schedule
 
 # The authors' 48 hours on one V100 for 100 epochs of LocalMIM ViT-B, at 31.2 GFLOP an image in their code.
 AUTHORS_TERAFLOPS = 23.2
-DEFAULT_DS_CONFIG = "zero1_bf16"  # what a run takes on a GPU with bfloat16 when run.ds_config is empty
+DEFAULT_DS_CONFIG = "zero2_bf16"  # what a run takes on a GPU with bfloat16 when run.ds_config is empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def read_machine(config: Config, *, world_size: int) -> Machine:
     """
     if world_size < 1:
         raise ConfigError(f"the number of ranks is {world_size}, but it must be at least 1")
-    path = find_ds_config(config, default=DEFAULT_DS_CONFIG)
+    path = find_ds_config(config.run.ds_config or DEFAULT_DS_CONFIG)
     try:
         content = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
