@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,12 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"PARITY AND REAL-IMAGE TESTS ARE NOT RUN: no folder {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 100 drawn training images and 25 for validation, 64 pixels, 12 classes."""
+    folder = tmp_path_factory.mktemp("shards") / "demo"
+    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "125"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
+    return folder

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +38,21 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "125"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
-    return folder
-
-
-def make_config(shards: Path, run_dir: Path, **changes: Any) -> Config:
-    values = {**SETTINGS, "data.train": str(shards), "data.val": str(shards), "run.dir": str(run_dir), **changes}
+def make_config(demo_shards: Path, run_dir: Path, **changes: Any) -> Config:
+    values = {
+        **SETTINGS,
+        "data.train": str(demo_shards),
+        "data.val": str(demo_shards),
+        "run.dir": str(run_dir),
+        **changes,
+    }
     return build_config({key: (value, "the test") for key, value in values.items()}, recipe="tiny")
 
 
 @pytest.fixture(scope="module")
-def run_dir(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "tiny"
-    assert pretrain(make_config(shards, directory)) == 0
+    assert pretrain(make_config(demo_shards, directory)) == 0
     return directory
 
 
@@ -72,11 +68,11 @@ def test_probe_is_logged_beside_the_loss(run_dir: Path) -> None:
 
 
 def test_probe_is_left_out_above_its_share_of_the_time(
-    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    demo_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from vitfreeze.assembly import build_model
 
-    config = make_config(shards, tmp_path, **{"eval.max_share": 0.0})
+    config = make_config(demo_shards, tmp_path, **{"eval.max_share": 0.0})
     probe = Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values)
     model = build_model(config)
     with caplog.at_level(logging.INFO):
@@ -86,10 +82,10 @@ def test_probe_is_left_out_above_its_share_of_the_time(
     assert "max_share=0" in caplog.text
 
 
-def test_probe_without_validation_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_probe_without_validation_shards_is_refused(demo_shards: Path, tmp_path: Path) -> None:
     from vitfreeze.assembly import build_model
 
-    config = make_config(shards, tmp_path, **{"data.val": []})
+    config = make_config(demo_shards, tmp_path, **{"data.val": []})
     with pytest.raises(ConfigError, match=r"data\.val"):
         Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values).measure(build_model(config))
 

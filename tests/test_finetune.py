@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +50,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "125"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
-    return folder
-
-
-def make_config(shards: Path, run_dir: Path, **changes: Any) -> Config:
-    values = {**SETTINGS, "data.train": str(shards), "data.val": str(shards), "run.dir": str(run_dir), **changes}
+def make_config(demo_shards: Path, run_dir: Path, **changes: Any) -> Config:
+    values = {
+        **SETTINGS,
+        "data.train": str(demo_shards),
+        "data.val": str(demo_shards),
+        "run.dir": str(run_dir),
+        **changes,
+    }
     return build_config({key: (value, "the test") for key, value in values.items()}, recipe="tiny")
 
 
@@ -70,10 +66,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def run_dir(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run in this process, with FreezeOut and an average of the weights."""
     directory = tmp_path_factory.mktemp("runs") / "tiny"
-    assert finetune(make_config(shards, directory)) == 0
+    assert finetune(make_config(demo_shards, directory)) == 0
     return directory
 
 
@@ -190,8 +186,8 @@ def test_average_keeps_float32_beside_half_weights(images: Tensor) -> None:
 # The schedule --------------------------------------------------------------------------------------------------------
 
 
-def test_layer_decay_as_in_mae(shards: Path, tmp_path: Path) -> None:
-    config = make_config(shards, tmp_path / "run", **{"freeze.mode": "off", "finetune.layer_decay": 0.5})
+def test_layer_decay_as_in_mae(demo_shards: Path, tmp_path: Path) -> None:
+    config = make_config(demo_shards, tmp_path / "run", **{"freeze.mode": "off", "finetune.layer_decay": 0.5})
     schedule = Finetuning(config).build_schedule(steps_per_epoch=10, events=())
     rates = schedule.learning_rates(5)
     whole = schedule.cosine.learning_rate(5)
@@ -201,8 +197,8 @@ def test_layer_decay_as_in_mae(shards: Path, tmp_path: Path) -> None:
     assert not any(name.startswith("head_") for name in rates)
 
 
-def test_freezing_is_freezeout_times_the_decay(shards: Path, tmp_path: Path) -> None:
-    schedule = Finetuning(make_config(shards, tmp_path / "run")).build_schedule(steps_per_epoch=10, events=())
+def test_freezing_is_freezeout_times_the_decay(demo_shards: Path, tmp_path: Path) -> None:
+    schedule = Finetuning(make_config(demo_shards, tmp_path / "run")).build_schedule(steps_per_epoch=10, events=())
     assert schedule.layers is not None
     assert schedule.learning_rates(4)["layer_03"] == pytest.approx(schedule.layers.learning_rate(3, 4) * 0.75**6)
     assert schedule.frozen_layers(11) > schedule.frozen_layers(4)
@@ -211,7 +207,7 @@ def test_freezing_is_freezeout_times_the_decay(shards: Path, tmp_path: Path) -> 
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_run_measures_what_it_exports(run_dir: Path, shards: Path) -> None:
+def test_run_measures_what_it_exports(run_dir: Path, demo_shards: Path) -> None:
     lines = read_lines(run_dir / "metrics.jsonl")
     measured = [line["eval"] for line in lines if "eval" in line]
     assert [line["step"] for line in lines if "eval" in line] == [6, 12]
@@ -220,7 +216,7 @@ def test_run_measures_what_it_exports(run_dir: Path, shards: Path) -> None:
     model = timm.create_model(f"local-dir:{run_dir / 'model'}", pretrained=True).eval()
     logits, labels = [], []
     with torch.no_grad():
-        for batch in open_split(make_config(shards, run_dir), "validation", num_classes=CLASSES):
+        for batch in open_split(make_config(demo_shards, run_dir), "validation", num_classes=CLASSES):
             logits.append(model(normalize(batch.images)))
             labels.append(batch.labels)
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
@@ -244,12 +240,12 @@ def test_run_freezes_and_says_so(run_dir: Path) -> None:
     assert not torch.equal(early["head.weight"], late["head.weight"])
 
 
-def test_resumed_run_ends_with_the_same_bits(run_dir: Path, shards: Path, tmp_path: Path) -> None:
+def test_resumed_run_ends_with_the_same_bits(run_dir: Path, demo_shards: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     (again / "checkpoints").mkdir(parents=True)
     shutil.copy(run_dir / "config.yaml", again)
     shutil.copytree(run_dir / "checkpoints" / "step-00000005", again / "checkpoints" / "step-00000005")
-    assert finetune(make_config(shards, again)) == 0
+    assert finetune(make_config(demo_shards, again)) == 0
     expected, found = (load_file(place / "model" / "model.safetensors") for place in (run_dir, again))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     last = [read_lines(place / "metrics.jsonl")[-1] for place in (run_dir, again)]
@@ -262,16 +258,16 @@ def finetune_here(values: dict[str, Any], folder: str) -> int:
 
 
 @pytest.mark.distributed
-def test_two_ranks_count_every_image_once(shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_count_every_image_once(demo_shards: Path, tmp_path: Path) -> None:
     """25 validation images on two ranks: 13 and 12."""
     directory = tmp_path / "two"
-    assert run_ranks(finetune_here, {"run.dir": str(directory)}, str(shards)) == [0, 0]
+    assert run_ranks(finetune_here, {"run.dir": str(directory)}, str(demo_shards)) == [0, 0]
     worth = read_lines(directory / "metrics.jsonl")[-1]["eval"]
     assert worth["images"] == 25
     model = timm.create_model(f"local-dir:{directory / 'model'}", pretrained=True).eval()
     right = 0
     with torch.no_grad():
-        for batch in open_split(make_config(shards, directory), "validation"):
+        for batch in open_split(make_config(demo_shards, directory), "validation"):
             right += int((model(normalize(batch.images)).argmax(dim=1) == batch.labels).sum())
     assert worth["ema_top1"] == pytest.approx(right / 25)
 
@@ -300,25 +296,27 @@ def test_recipes_are_localmims() -> None:
         ({"model.init_from": "nothing"}, r"model\.init_from is 'nothing'; .*no run folder or file"),
     ],
 )
-def test_bad_settings_are_refused(changes: dict[str, Any], message: str, shards: Path, tmp_path: Path) -> None:
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str, demo_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        Finetuning(make_config(shards, tmp_path / "run", **changes))
+        Finetuning(make_config(demo_shards, tmp_path / "run", **changes))
 
 
-def test_weights_of_another_size_are_refused_and_leave_no_folder(run_dir: Path, shards: Path, tmp_path: Path) -> None:
+def test_weights_of_another_size_are_refused_and_leave_no_folder(
+    run_dir: Path, demo_shards: Path, tmp_path: Path
+) -> None:
     changes = {"model.init_from": str(run_dir), "model.embed_dim": 96, "model.img_size": 32}
     with pytest.raises(ConfigError, match=r"not with embed_dim 48 there and 96 here, img_size 64 there and 32 here"):
-        finetune(make_config(shards, tmp_path / "run", **changes))
+        finetune(make_config(demo_shards, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_number_of_classes_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_wrong_number_of_classes_is_refused(demo_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="label"):
-        finetune(make_config(shards, tmp_path / "run", **{"finetune.num_classes": 5}))
+        finetune(make_config(demo_shards, tmp_path / "run", **{"finetune.num_classes": 5}))
 
 
-def test_pretraining_refuses_settings_of_fine_tuning(shards: Path, tmp_path: Path) -> None:
+def test_pretraining_refuses_settings_of_fine_tuning(demo_shards: Path, tmp_path: Path) -> None:
     from vitfreeze.tasks import Pretraining
 
     with pytest.raises(ConfigError, match=r"finetune\.\w+ is .*`vitfreeze pretrain` has no use for it"):
-        Pretraining(make_config(shards, tmp_path / "run"))
+        Pretraining(make_config(demo_shards, tmp_path / "run"))

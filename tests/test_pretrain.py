@@ -41,18 +41,10 @@ def launch(arguments: list[str], *, ranks: int = 2) -> subprocess.CompletedProce
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "120"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def job(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def job(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The run folder and output of a whole small run in two processes."""
     run_dir = tmp_path_factory.mktemp("runs") / "small"
-    done = launch(["demo", *SMALL, f"data.train={shards}", f"data.val={shards}", f"run.dir={run_dir}"])
+    done = launch(["demo", *SMALL, f"data.train={demo_shards}", f"data.val={demo_shards}", f"run.dir={run_dir}"])
     assert done.returncode == 0, done.stdout + done.stderr
     return run_dir, done
 
@@ -66,7 +58,7 @@ def test_run_freezes_layers_and_reports_each(job: tuple[Path, subprocess.Complet
     run_dir, done = job
     output = done.stdout + done.stderr
     config = load_config(run_dir / "config.yaml")
-    schedule = build_schedule(config, steps_per_epoch=96 // 16)
+    schedule = build_schedule(config, steps_per_epoch=100 // 16)
     depth = config.model.resolve().depth
     freezes = [event for event in read_lines(run_dir / "events.jsonl") if event["event"] == "freeze"]
     assert [layer for event in freezes for layer in event["layers"]] == list(range(schedule.frozen_layers(STEPS - 1)))
@@ -86,7 +78,7 @@ def test_frozen_weights_do_not_move_by_one_bit(job: tuple[Path, subprocess.Compl
     run_dir, _ = job
     config = load_config(run_dir / "config.yaml")
     assert config.optim.weight_decay > 0
-    schedule = build_schedule(config, steps_per_epoch=96 // 16)
+    schedule = build_schedule(config, steps_per_epoch=100 // 16)
     saved = {
         int(path.name.split("-")[1]): load_file(path / "weights.safetensors")
         for path in (run_dir / "checkpoints").glob("step-*")
@@ -135,10 +127,12 @@ def test_metrics_and_tensorboard_tell_the_same(job: tuple[Path, subprocess.Compl
 
 
 @pytest.mark.distributed
-def test_second_call_finds_the_run_finished(job: tuple[Path, subprocess.CompletedProcess[str]], shards: Path) -> None:
+def test_second_call_finds_the_run_finished(
+    job: tuple[Path, subprocess.CompletedProcess[str]], demo_shards: Path
+) -> None:
     run_dir, _ = job
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = launch(["demo", *SMALL, f"data.train={shards}", f"data.val={shards}", f"run.dir={run_dir}"])
+    done = launch(["demo", *SMALL, f"data.train={demo_shards}", f"data.val={demo_shards}", f"run.dir={run_dir}"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "before first freeze" in done.stdout + done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
@@ -158,10 +152,10 @@ def test_second_call_finds_the_run_finished(job: tuple[Path, subprocess.Complete
     ],
 )
 def test_bad_input_gets_one_sentence(
-    overrides: list[str], words: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], words: list[str], demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    given = [f"data.train={shards}", f"run.dir={run_dir}", "data.workers=0", *overrides]
+    given = [f"data.train={demo_shards}", f"run.dir={run_dir}", "data.workers=0", *overrides]
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", "demo", *given])
     assert stopped.value.code == 2
@@ -171,10 +165,12 @@ def test_bad_input_gets_one_sentence(
     assert not (run_dir / "metrics.jsonl").exists()
 
 
-def test_folder_of_another_run_is_left_alone(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_another_run_is_left_alone(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.yaml").write_text("freeze:\n  t_0: 0.123\n")
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["pretrain", "demo", f"data.train={shards}", f"run.dir={tmp_path}", "data.workers=0"])
+        cli.main(["pretrain", "demo", f"data.train={demo_shards}", f"run.dir={tmp_path}", "data.workers=0"])
     assert stopped.value.code == 2
     assert "freeze.t_0: 0.123 there, 0.6 now" in capsys.readouterr().err
     assert (tmp_path / "config.yaml").read_text() == "freeze:\n  t_0: 0.123\n"
