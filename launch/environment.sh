@@ -51,6 +51,10 @@ install_environment() {
     fi
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --constraint "$root/constraints.txt" \
         --editable "${root}[test]"
+    say "Compiling DeepSpeed's communication kernel for CPUs (about a minute)"
+    DS_ACCELERATOR=cpu "$venv/bin/python" -W ignore -c \
+        'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>"$venv/kernel.log" ||
+        { cat "$venv/kernel.log" >&2; exit 1; }
     printf '%s\n' "$wanted" >"$stamp"
     exec {lock}>&-
 }

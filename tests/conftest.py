@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import built_extensions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def communication_kernel() -> None:
+    """Have DeepSpeed's kernel built before any test starts ranks: cold builds side by side outlast time limits."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(built_extensions())
 
 
 @pytest.fixture(scope="session")

@@ -95,12 +95,14 @@ def free_port() -> int:
 def built_extensions() -> Path:
     """Return a TORCH_EXTENSIONS_DIR in which DeepSpeed's communication kernel is built.
 
-    It is built once per environment, under a lock that dies with its holder. Torch's own lock is a file that outlives a
-    killed build, and then everyone waits for ever: whoever holds our lock may delete it.
+    It is the one that is set, as launch/ does, or one in the user's cache. The kernel is built once, under a lock that
+    dies with its holder. Torch's own lock is a file that outlives a killed build, and then everyone waits for ever:
+    whoever holds our lock may delete it.
     """
     identity = "-".join([sys.prefix, sys.version, version("torch"), version("deepspeed")])
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "vitfreeze-tests" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitfreeze-tests"
+    own = cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or own)
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "built"
     if not done.exists():
