@@ -149,8 +149,8 @@ class Meeting:
             )
         return hosts
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the JSON-able value that each rank gave, by rank.
+    def gather(self, value: Any, *, patience: float = 1) -> list[Any]:
+        """Return the JSON-able value that each rank gave, by rank; wait `patience` times as long as usual for them.
 
         Raises:
             ClusterError: a rank did not give its value in time.
@@ -159,9 +159,9 @@ class Meeting:
         key = f"gather/{self._rounds}"
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            values = [json.loads(self._get(f"{key}/{rank}")) for rank in range(self.world_size)]
+            values = [json.loads(self._get(f"{key}/{rank}", patience=patience)) for rank in range(self.world_size)]
             self.store.set(key, json.dumps(values))
-        values = json.loads(self._get(key, patience=2))
+        values = json.loads(self._get(key, patience=2 * patience))
         self._part(key, range(self.world_size))
         return values
 

@@ -114,7 +114,7 @@ def examine(
     )
     findings.append(judge_speed(facts, precision=precision or "fp32"))
     findings.append(judge_clocks(compare_clocks(meeting), hosts))
-    links = measure_links(meeting, hosts, device=choose_device(facts, place), timeout=timeout)
+    links = measure_links(meeting, hosts, device=choose_device(facts, place))
     findings.append(
         judge_links(
             links,

@@ -14,6 +14,9 @@ from vitfreeze.cluster import Meeting
 from vitfreeze.doctor.judgement import Links
 
 CLOCK_READINGS = 5
+# gloo tries each of its addresses for this long; the others then wait for the rank that tries most.
+CONNECT_SECONDS = 20.0
+PATIENCE = 5.0
 # Large enough that latency does not count, small enough for 1 Gbit/s.
 GPU_BYTES, CPU_BYTES = 64 * 2**20, 8 * 2**20
 
@@ -45,7 +48,7 @@ def _ask_for_time(meeting: Meeting) -> float:
     return offset
 
 
-def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.device, timeout: timedelta) -> Links:
+def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.device) -> Links:
     """Measure all-reduces over all ranks, within nodes and between them; all ranks on CPUs, or each on its GPU."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if meeting.world_size == 1:
@@ -55,13 +58,13 @@ def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.devic
     try:
         dist.init_process_group(
             backend, store=PrefixStore("group", meeting.store), rank=meeting.rank, world_size=meeting.world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=CONNECT_SECONDS),
         )  # fmt: skip
         figures = _measure_groups(hosts, device)
         dist.destroy_process_group()
     except RuntimeError as caught:
         error = str(caught).strip().splitlines()[0]
-    answers = meeting.gather([error, figures])
+    answers = meeting.gather([error, figures], patience=PATIENCE)
     errors = [f"rank {rank} ({hosts[rank]}): {text}" for rank, (text, _) in enumerate(answers) if text]
     if errors:
         return Links(backend=backend, all_ranks=None, within_nodes=None, between_nodes=None, error=errors[0])
