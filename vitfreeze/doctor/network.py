@@ -15,7 +15,7 @@ from vitfreeze.doctor.judgement import Links
 
 CLOCK_READINGS = 5
 # gloo tries each of its addresses for this long; the others then wait for the rank that tries most.
-CONNECT_SECONDS = 20.0
+CONNECT_SECONDS = {"gloo": 20.0, "nccl": 60.0}
 PATIENCE = 5.0
 # Large enough that latency does not count, small enough for 1 Gbit/s.
 GPU_BYTES, CPU_BYTES = 64 * 2**20, 8 * 2**20
@@ -58,7 +58,7 @@ def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.devic
     try:
         dist.init_process_group(
             backend, store=PrefixStore("group", meeting.store), rank=meeting.rank, world_size=meeting.world_size,
-            timeout=timedelta(seconds=CONNECT_SECONDS),
+            timeout=timedelta(seconds=CONNECT_SECONDS[backend]),
         )  # fmt: skip
         figures = _measure_groups(hosts, device)
         dist.destroy_process_group()
