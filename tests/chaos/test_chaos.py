@@ -14,11 +14,8 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
 
 
 def test_short_chaos(chaos: Chaos) -> None:
-    for name, injuries in (
-        ("damaged", ["kill", "truncate a file", "flip a byte"]),
-        ("in-saves", ["kill in a save", "remove the pointer", "drop a shard"]),
-    ):
-        assert chaos.play(name, injuries, change_ranks=False).problem == ""
+    injuries = ["kill", "truncate a file", "kill in a save", "remove the pointer", "drop a shard"]
+    assert chaos.play("short", injuries, change_ranks=False).problem == ""
 
 
 @pytest.mark.slow
