@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,13 @@ SHARED = ROOT.parent / "shared"
 def communication_kernel() -> None:
     """Have DeepSpeed's kernel built before any test starts ranks: cold builds side by side outlast time limits."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(built_extensions())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """Hear Ctrl-C, and let started programs hear it: a job in the background of a shell begins deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,7 @@ from vitfreeze.data import TrainLoader
 ROOT = Path(__file__).resolve().parents[1]
 
 PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell starts without it
+import sys
 from vitfreeze.data import TrainLoader
 loader = TrainLoader(sys.argv[1], img_size=16, num_patches=4, global_batch=4, micro_batch=4, workers=2,
                      cache_dir=sys.argv[2])
