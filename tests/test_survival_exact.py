@@ -69,7 +69,8 @@ def test_kills_around_a_freeze_in_an_accumulation_and_in_saves(bench: Bench) -> 
     run_through(bench, "killed", kills)
     resumed = [event["step"] for event in read_events(bench.folder / "killed", "resume")]
     assert len(resumed) == len(kills) - 3  # the first three left nothing to go on from
-    assert resumed[:3] == [3, 3, boundary - boundary % 3]
+    assert resumed[:2] == [3, 3]
+    assert set(resumed[2:4]) <= {3, boundary - boundary % 3}  # its save was on the way when the kill came, or done
     assert resumed[-2:] == [9, 9]
     assert_same_end(bench.folder / "killed", bench.folder / "undisturbed")
 
