@@ -89,6 +89,9 @@ kill_at_once() { kill -KILL -- "-$1"; }
 # Exit status 75 then says: stopped on request with everything saved; the same command goes on.
 run_and_forward_signals() {
     local status=0 child
+    if [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] && ! nvidia-smi --list-gpus >/dev/null 2>&1; then
+        export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # or DeepSpeed warns in every process that it found no GPU
+    fi
     trap '' USR1 # inherited by the launcher, which would die of it; the training processes install their own handler
     if [[ ${OMP_NUM_THREADS:-} == "" ]]; then
         export OMP_NUM_THREADS=$(($(nproc) / $(count_ranks) > 0 ? $(nproc) / $(count_ranks) : 1))

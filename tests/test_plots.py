@@ -43,7 +43,7 @@ def write_run(folder: Path, config: Config, *, upto: int = 120) -> Path:
                 "step": step, "epoch": step / STEPS_PER_EPOCH, "loss": sum(losses.values()), "losses": losses,
                 "lr": schedule.learning_rates(step - 1), "frozen_layers": frozen, "data_wait_fraction": 0.02,
                 "images_per_second": 100 / stages[frozen].relative_cost, "gradient_elements": 1,
-                "optimizer_state_bytes": stages[frozen].optimizer_state_bytes, "loss_scale": 1.0,
+                "optimizer_state_bytes": stages[frozen].optimizer_state_bytes, "loss_scale": 1.0, "world_size": 1,
             }
         )  # fmt: skip
     folder.mkdir(parents=True)

@@ -14,7 +14,7 @@ from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run
 from vitfreeze.model import LocalMIM
-from vitfreeze.planner import compare_with_measurement, format_comparison, plan
+from vitfreeze.planner import compare_run, format_comparison
 from vitfreeze.plots import plot_run
 from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
 
@@ -48,9 +48,7 @@ def hold_against_plan(config: Config, directory: Path, metrics: Sequence[Mapping
     if len({line["frozen_layers"] for line in metrics}) == 1 or metrics[0]["frozen_layers"] > 0:
         return ""
     events = read_json_lines(directory / "events.jsonl")
-    steps_per_epoch = round(metrics[-1]["step"] / metrics[-1]["epoch"])
-    prediction = plan(config, steps_per_epoch=steps_per_epoch, events=events)
-    return format_comparison(compare_with_measurement(prediction, metrics, events=events))
+    return format_comparison(compare_run(config, metrics, events=events))
 
 
 def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) -> list[str]:

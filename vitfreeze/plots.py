@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitfreeze.architecture import tap_blocks
 from vitfreeze.config import Config, ConfigError, load_config
-from vitfreeze.planner import Comparison, Plan, compare_with_measurement, plan
+from vitfreeze.planner import Comparison, Plan, compare_run, plan
 from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import RunSchedule, build_schedule
 
@@ -71,7 +71,7 @@ def plot_run(run_dir: Path, path: Path) -> Path:
     megabytes = [line["optimizer_state_bytes"] / 2**20 for line in metrics]
     _draw_staircase(axes[2][1], steps, megabytes, label="optimizer state per rank (MiB)")
     if not _is_finetuning(metrics):  # the plan is one of pre-training
-        _draw_comparison(axes[3][0], axes[3][1], _compare(config, metrics, events))
+        _draw_comparison(axes[3][0], axes[3][1], compare_run(config, metrics, events=events))
     for axis in [axis for row in axes[:3] for axis in row]:
         _mark_freezes(axis, metrics)
         axis.set_xlabel("step")
@@ -82,12 +82,6 @@ def plot_run(run_dir: Path, path: Path) -> Path:
 
 def _is_finetuning(metrics: Sequence[Mapping[str, Any]]) -> bool:
     return "classifier" in metrics[-1]["lr"]
-
-
-def _compare(config: Config, metrics: Sequence[Mapping[str, Any]], events: Sequence[dict[str, Any]]) -> Comparison:
-    last = metrics[-1]
-    prediction = plan(config, steps_per_epoch=round(last["step"] / last["epoch"]), events=events)
-    return compare_with_measurement(prediction, metrics, events=events)
 
 
 # Parts of the figures -------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class Run:
             gradient_elements=engine.gradient_elements(),
             loss_scale=engine.loss_scale,
             skipped_steps=engine.skipped_steps,
+            world_size=engine.world_size,
         )
         self.meter.restart()
 

@@ -1,6 +1,6 @@
 """What freezing will save, before training; and what it did save, after."""
 
-from vitfreeze.planner.comparison import Comparison, compare_with_measurement
+from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement
 from vitfreeze.planner.costs import ModelCosts
 from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, read_step_times
@@ -22,6 +22,7 @@ __all__ = [
     "Stage",
     "StepTimes",
     "Target",
+    "compare_run",
     "compare_with_measurement",
     "fit_micro_batch",
     "format_comparison",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from vitfreeze.planner.prediction import Plan, Stage
+from vitfreeze.config import Config
+from vitfreeze.planner.prediction import Plan, Stage, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +93,13 @@ def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: i
 
 def _settled(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return lines[1:] if len(lines) > 1 else lines
+
+
+def compare_run(
+    config: Config, metrics: Sequence[Mapping[str, Any]], *, events: Sequence[dict[str, Any]] = ()
+) -> Comparison:
+    """Plan a run for the ranks and the epochs that its metrics tell of, and hold the plan against them."""
+    last = metrics[-1]
+    steps_per_epoch = round(last["step"] / last["epoch"])
+    prediction = plan(config, steps_per_epoch=steps_per_epoch, world_size=last["world_size"], events=events)
+    return compare_with_measurement(prediction, metrics, events=events)
