@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,11 @@ def recipe(tmp_path: Path) -> Path:
 def newest_step(run: Path) -> int:
     pointer = run / "checkpoints/newest"
     return int(pointer.read_text().strip().rpartition("-")[2]) if pointer.is_file() else 0
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def undisturbed_losses(recipe: Path, folder: Path, scripts: list[Script]) -> dict[int, float]:
@@ -221,28 +227,19 @@ def test_nodes_with_their_own_addresses(
 def test_torchrun_restarts_the_rest_by_itself_and_tells_a_stop_from_success(
     recipe: Path, tmp_path: Path, scripts: list[Script]
 ) -> None:
-    run, endpoint = tmp_path / "run", f"127.0.0.1:{find_free_port()}"
-    nodes = [
-        Script(
-            "torchrun.sh",
-            "--nnodes",
-            "1:2",
-            "--rdzv_endpoint",
-            endpoint,
-            "--max_restarts",
-            "2",
-            "--nproc_per_node",
-            "1",
-            "pretrain",
-            str(recipe),
-            f"run.dir={run}",
-            "run.length=400 steps",
-            "optim.warmup=10 steps",
-            log=tmp_path / f"{node}.log",
-        )
-        for node in range(2)
-    ]
-    scripts += nodes
+    run, port = tmp_path / "run", find_free_port()
+    options = ["--nnodes", "1:2", "--rdzv_endpoint", f"127.0.0.1:{port}", "--max_restarts", "2"]
+    command = ["pretrain", str(recipe), f"run.dir={run}", "run.length=400 steps", "optim.warmup=10 steps"]
+
+    def start(node: int) -> Script:
+        log = tmp_path / f"{node}.log"
+        scripts.append(Script("torchrun.sh", *options, "--nproc_per_node", "1", *command, log=log))
+        return scripts[-1]
+
+    nodes = [start(0)]
+    # The endpoint is on this machine for both, and the first to come holds the store, which must not be lost.
+    wait_until(lambda: is_listening(port), what="the store of node 0")
+    nodes.append(start(1))
     wait_until(lambda: newest_step(run) >= 8, what="the second checkpoint")
     nodes[1].lose()
     lost_at = newest_step(run)
