@@ -354,6 +354,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_bench_data(parts)
     _add_bench_step(parts)
     _add_bench_freeze(parts)
+    _add_bench_scaling(parts)
 
 
 def _add_bench_data(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -419,6 +420,35 @@ def _bench_freeze(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _parse_frozen(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(k) for k in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--frozen is {text!r}, expected whole numbers with commas, as 0,3,12") from None
+
+
+def _add_bench_scaling(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = parts.add_parser("scaling", help="under the launcher: what more ranks cost, held against the plan")
+    _add_recipe(parser)
+    parser.add_argument("--frozen", metavar="K,K,...", help="numbers of frozen layers; 0 is always measured")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(handler=_bench_scaling)
+
+
+def _bench_scaling(parsed: argparse.Namespace) -> int:
+    import json
+
+    from vitfreeze.bench.scaling import format_scaling_benchmark, run_scaling_benchmark
+    from vitfreeze.config import load_config
+
+    config = load_config(parsed.recipe, parsed.overrides)
+    result = run_scaling_benchmark(config, frozen_layers=_parse_frozen(parsed.frozen), rounds=parsed.rounds)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_scaling_benchmark(result))
+    return 0
+
+
 def _add_bench_step(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = parts.add_parser("step", help="time and memory of a training step as more layers are frozen")
     parser.add_argument("--size", default="vit_base_patch16", help="name of a model size (default %(default)s)")
@@ -444,17 +474,13 @@ def _bench_step(parsed: argparse.Namespace) -> int:
 
     from vitfreeze.bench.step import format_step_benchmark, run_step_benchmark
 
-    try:
-        frozen = None if parsed.frozen is None else [int(k) for k in parsed.frozen.split(",")]
-    except ValueError:
-        raise ValueError(f"--frozen is {parsed.frozen!r}, expected whole numbers with commas, as 0,3,12") from None
     if parsed.threads is not None:
         if parsed.threads < 1:
             raise ValueError(f"--threads is {parsed.threads}, expected at least 1")
         torch.set_num_threads(parsed.threads)
     result = run_step_benchmark(
         parsed.size,
-        frozen_layers=frozen,
+        frozen_layers=_parse_frozen(parsed.frozen),
         micro_batch=parsed.batch,
         precision=parsed.precision,
         img_size=parsed.img_size,

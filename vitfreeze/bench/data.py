@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from vitfreeze.data import BadSampleError, EpochOrder, RandomCrop, TrainLoader, workers_needed
+from vitfreeze.data import BadSampleError, EpochOrder, RandomCrop, ReadOptions, TrainLoader, workers_needed
 from vitfreeze.data.decoding import decode_image
 from vitfreeze.data.order import SampleRandom
 from vitfreeze.data.shards import Sample
@@ -127,10 +127,8 @@ def run_data_benchmark(
         num_patches=_NUM_PATCHES,
         global_batch=batch_size,
         micro_batch=batch_size,
-        workers=workers,
         split=split,
-        max_bad_fraction=1,
-        cache_dir=cache_dir,
+        options=ReadOptions(workers=workers, max_bad_fraction=1, cache_dir=cache_dir),
     )
     steps = max(2, min(images // batch_size, loader.steps_per_epoch))
     if loader.steps_per_epoch < 2:

@@ -33,6 +33,7 @@ from vitfreeze.planner.text import format_table
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 Mark = float | torch.cuda.Event
+MASK_RATIO = 0.75
 _UNIT_BLOCKS, _UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH, _UNIT_HEADS = 12, 8, 50, 768, 12
 
 
@@ -80,7 +81,7 @@ class StepBenchmark:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Times:
+class StepSeconds:
     """Seconds of one step."""
 
     targets: float
@@ -126,14 +127,17 @@ def run_step_benchmark(
     _check(size, precision=precision, clock=clock, rounds=rounds, micro_batch=micro_batch)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prefixes = _choose_prefixes(frozen_layers, depth=MODEL_SIZES[size].depth)
+    torch.manual_seed(0)
+    model = LocalMIM(img_size=img_size, hog_nbins=hog_nbins, mask_ratio=MASK_RATIO, **asdict(MODEL_SIZES[size]))
+    if compiled:
+        model.compile_parts()
     bench = _Bench(
-        size, img_size=img_size, hog_nbins=hog_nbins, micro_batch=micro_batch, dtype=PRECISIONS[precision],
-        device=place, compiled=compiled, clock=CLOCKS[clock],
+        model, micro_batch=micro_batch, dtype=PRECISIONS[precision], device=place, clock=CLOCKS[clock]
     )  # fmt: skip
     # Falling lengths need rising memory, so that no peak hides a later one.
     memory = {k: bench.peak_memory(k) for k in sorted(prefixes, reverse=True)}
     times, units, all_targets = bench.measure(prefixes, rounds=rounds, warmup_rounds=warmup_rounds)
-    costs = ModelCosts(size=MODEL_SIZES[size], img_size=img_size, mask_ratio=bench.mask_ratio, hog_nbins=hog_nbins)
+    costs = ModelCosts(size=MODEL_SIZES[size], img_size=img_size, mask_ratio=MASK_RATIO, hog_nbins=hog_nbins)
     rows = [
         _summarize(
             k, times[k], start=times[0], units=units, micro_batch=micro_batch, memory=memory[k],
@@ -142,7 +146,7 @@ def run_step_benchmark(
         for k in prefixes
     ]  # fmt: skip
     return StepBenchmark(
-        device=_name_device(place), versions=_versions(place), size=size, img_size=img_size, micro_batch=micro_batch,
+        device=name_device(place), versions=list_versions(place), size=size, img_size=img_size, micro_batch=micro_batch,
         precision=precision, compiled=compiled, optimizer="torch.optim.AdamW(fused=True)",
         clock="GPU" if place.type == "cuda" else clock, threads=torch.get_num_threads(), rounds=rounds,
         unit_ms=1e3 * statistics.median(units), unit_ms_quartiles=_quartiles(units),
@@ -170,42 +174,72 @@ def _choose_prefixes(frozen_layers: Sequence[int] | None, *, depth: int) -> list
     return sorted({0, *frozen_layers})
 
 
-class _Bench:
-    """A model, its optimizer, a batch, and the unit's blocks on one device."""
-
-    mask_ratio = 0.75
+class StepTimer:
+    """A model with its optimizer and a batch of random images on one device; measures steps and their parts."""
 
     def __init__(
-        self,
-        size: str,
-        *,
-        img_size: int,
-        hog_nbins: int,
-        micro_batch: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compiled: bool,
-        clock: Callable[[], float],
+        self, model: LocalMIM, *, micro_batch: int, dtype: torch.dtype, device: torch.device, clock: Callable[[], float]
     ) -> None:
-        torch.manual_seed(0)
         self.device, self.dtype, self.clock = device, dtype, clock
-        sizes = asdict(MODEL_SIZES[size])
-        self.model = LocalMIM(img_size=img_size, hog_nbins=hog_nbins, mask_ratio=self.mask_ratio, **sizes)
-        self.model.to(device=device, dtype=dtype)
-        if compiled:
-            self.model.compile_parts()
+        self.model = model.to(device=device, dtype=dtype)
         self.optimizer = _MasterAdamW(self.model)
-        self.images = torch.randn(micro_batch, 3, img_size, img_size, device=device)
+        self.images = torch.randn(micro_batch, 3, model.img_size, model.img_size, device=device)
+
+    def time_step(self, frozen_layers: int) -> StepSeconds:
+        """Take a step with that many layers frozen."""
+        targets = self.time_targets(frozen_layers)
+        marks = [self.mark()]
+        loss = self.model(self.images, frozen_layers=frozen_layers).loss
+        marks.append(self.mark())
+        loss.backward()
+        marks.append(self.mark())
+        self.optimizer.step()
+        marks.append(self.mark())
+        forward, backward, optimizer = (seconds_between(*pair) for pair in pairwise(marks))
+        return StepSeconds(targets=targets, forward=forward, backward=backward, optimizer=optimizer)
+
+    def time_targets(self, frozen_layers: int) -> float:
+        """Return the seconds that the HOG targets of the living heads take."""
+        cells = [self.model.cell_sizes[k] for k in active_heads(frozen_layers, depth=self.model.depth)]
+        start = self.mark()
+        hog_targets(self.images, cell_sizes=cells, nbins=self.model.hog_nbins, bias=self.model.hog_bias)
+        return seconds_between(start, self.mark())
+
+    def peak_memory(self, frozen_layers: int) -> int | None:
+        """Return the bytes at the highest point of a step whose optimizer has its moments already."""
+        self.time_step(frozen_layers)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif not _reset_peak_of_process():
+            return None
+        self.time_step(frozen_layers)
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _read_peak_of_process()
+
+    def mark(self) -> Mark:
+        """Return this moment, by the clock of the device."""
+        if self.device.type != "cuda":
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class _Bench(StepTimer):
+    """A timer that measures beside its steps the unit's blocks."""
+
+    def __init__(self, model: LocalMIM, **options: Any) -> None:
+        super().__init__(model, **options)
         norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         blocks = [Block(_UNIT_WIDTH, _UNIT_HEADS, qkv_bias=True, norm_layer=norm_layer) for _ in range(_UNIT_BLOCKS)]
-        self.unit = nn.Sequential(*blocks).to(device=device, dtype=dtype)
-        self.unit_tokens = torch.randn(_UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH, device=device, dtype=dtype)
+        self.unit = nn.Sequential(*blocks).to(device=self.device, dtype=self.dtype)
+        shape = (_UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH)
+        self.unit_tokens = torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def measure(
         self, prefixes: Sequence[int], *, rounds: int, warmup_rounds: int
-    ) -> tuple[dict[int, list[_Times]], list[float], list[float]]:
+    ) -> tuple[dict[int, list[StepSeconds]], list[float], list[float]]:
         """Return the steps, the units and the targets of all heads, one of each per round."""
-        times: dict[int, list[_Times]] = {k: [] for k in prefixes}
+        times: dict[int, list[StepSeconds]] = {k: [] for k in prefixes}
         units, targets = [], []
         for number in range(-warmup_rounds, rounds):
             unit = self.time_unit()
@@ -219,47 +253,12 @@ class _Bench:
                     times[k].append(step)
         return times, units, targets
 
-    def time_step(self, frozen_layers: int) -> _Times:
-        targets = self.time_targets(frozen_layers)
-        marks = [self._mark()]
-        loss = self.model(self.images, frozen_layers=frozen_layers).loss
-        marks.append(self._mark())
-        loss.backward()
-        marks.append(self._mark())
-        self.optimizer.step()
-        marks.append(self._mark())
-        forward, backward, optimizer = (_between(*pair) for pair in pairwise(marks))
-        return _Times(targets=targets, forward=forward, backward=backward, optimizer=optimizer)
-
-    def time_targets(self, frozen_layers: int) -> float:
-        cells = [self.model.cell_sizes[k] for k in active_heads(frozen_layers, depth=self.model.depth)]
-        start = self._mark()
-        hog_targets(self.images, cell_sizes=cells, nbins=self.model.hog_nbins, bias=self.model.hog_bias)
-        return _between(start, self._mark())
-
     def time_unit(self) -> float:
-        start = self._mark()
+        start = self.mark()
         self.unit(self.unit_tokens).square().mean().backward()
-        seconds = _between(start, self._mark())
+        seconds = seconds_between(start, self.mark())
         self.unit.zero_grad()
         return seconds
-
-    def peak_memory(self, frozen_layers: int) -> int | None:
-        """Return the bytes at the highest point of a step whose optimizer has its moments already."""
-        self.time_step(frozen_layers)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif not _reset_peak_of_process():
-            return None
-        self.time_step(frozen_layers)
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _read_peak_of_process()
-
-    def _mark(self) -> Mark:
-        if self.device.type != "cuda":
-            return self.clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class _MasterAdamW:
@@ -286,7 +285,7 @@ class _MasterAdamW:
         self.adamw.zero_grad()
 
 
-def _between(start: Mark, end: Mark) -> float:
+def seconds_between(start: Mark, end: Mark) -> float:
     """Return the seconds between two marks of the same clock; on a GPU this waits for the second."""
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         end.synchronize()
@@ -316,15 +315,15 @@ def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
 
 def _summarize(
     frozen_layers: int,
-    times: Sequence[_Times],
+    times: Sequence[StepSeconds],
     *,
-    start: Sequence[_Times],
+    start: Sequence[StepSeconds],
     units: Sequence[float],
     micro_batch: int,
     memory: int | None,
     ratio_of_flops: float,
 ) -> StepRow:
-    def milliseconds(part: Callable[[_Times], float]) -> float:
+    def milliseconds(part: Callable[[StepSeconds], float]) -> float:
         return 1e3 * statistics.median(part(step) for step in times)
 
     step_ms = milliseconds(lambda t: t.step)
@@ -344,7 +343,8 @@ def _summarize(
     )
 
 
-def _name_device(device: torch.device) -> str:
+def name_device(device: torch.device) -> str:
+    """Return the model of a GPU, or of this machine's CPU with the number of its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -353,7 +353,8 @@ def _name_device(device: torch.device) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or '?'} cores"
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def list_versions(device: torch.device) -> dict[str, str]:
+    """Return the versions that a time depends on, by name."""
     versions = {"vitfreeze": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions["timm"] = timm.__version__
     if device.type == "cuda":

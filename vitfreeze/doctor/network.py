@@ -76,7 +76,7 @@ def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.devic
 
 
 def _measure_groups(hosts: Sequence[str], device: torch.device) -> tuple[float | None, ...]:
-    every = _bus_bandwidth(None, len(hosts), device)
+    every = bus_bandwidth(None, len(hosts), device)
     nodes: dict[str, list[int]] = {}
     for other, host in enumerate(hosts):
         nodes.setdefault(host, []).append(other)
@@ -85,16 +85,16 @@ def _measure_groups(hosts: Sequence[str], device: torch.device) -> tuple[float |
         if len(nodes) > 1 and len(ranks) > 1:
             group = dist.new_group(ranks)  # every rank takes part in making every group
             if isinstance(group, ProcessGroup):  # this rank is in it
-                within = _bus_bandwidth(group, len(ranks), device)
+                within = bus_bandwidth(group, len(ranks), device)
     if len(nodes) > 1:
         leaders = [ranks[0] for ranks in nodes.values()]
         group = dist.new_group(leaders)
         if isinstance(group, ProcessGroup):
-            between = _bus_bandwidth(group, len(leaders), device)
+            between = bus_bandwidth(group, len(leaders), device)
     return every, within, between
 
 
-def _bus_bandwidth(group: ProcessGroup | None, size: int, device: torch.device) -> float:
+def bus_bandwidth(group: ProcessGroup | None, size: int, device: torch.device) -> float:
     """Return 1e9 bytes per second that each link of a ring carries: 2 (n - 1) / n of the data over the time.
 
     Raises:
