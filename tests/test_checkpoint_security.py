@@ -20,7 +20,7 @@ from tiny_shards import write_shards
 from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.checkpoint import choose_start, folder, load_checkpoint, save_checkpoint
 from vitfreeze.config import Config, load_config
-from vitfreeze.data import TrainLoader
+from vitfreeze.data import ReadOptions, TrainLoader
 from vitfreeze.engine import FreezingEngine, Processes
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.model import LocalMIM
@@ -168,7 +168,7 @@ def test_shards_and_their_stored_index_run_no_code(
     def read() -> None:
         loader = TrainLoader(
             shards, img_size=32, num_patches=16, global_batch=2, micro_batch=2, rank=0, world_size=1, seed=0,
-            workers=0, cache_dir=tmp_path / "cache", max_bad_fraction=1.0,
+            options=ReadOptions(workers=0, cache_dir=tmp_path / "cache", max_bad_fraction=1.0),
         )  # fmt: skip
         assert len(list(loader.batches(0, 3))) == 3
 

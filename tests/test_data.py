@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_shards import write_shards
+from tiny_shards import open_loader, write_shards
 
-from vitfreeze.data import Batch, EpochOrder, EvalLoader, TrainLoader, normalize, workers_needed
+from vitfreeze.data import Batch, EpochOrder, EvalLoader, ReadOptions, TrainLoader, normalize, workers_needed
 
 LENGTHS = [13, 7, 20, 0, 11, 9, 5]  # 65 samples
 
@@ -33,7 +33,7 @@ def make_loader(shards: Path, tmp_path: Path) -> Callable[..., TrainLoader]:
             "window_shards": 3,
             "cache_dir": tmp_path / "cache",
         }
-        return TrainLoader(shards, **(defaults | settings))  # type: ignore[arg-type]
+        return open_loader(shards, **(defaults | settings))
 
     return make
 
@@ -156,9 +156,8 @@ def test_evaluation_sees_every_sample_once(shards: Path, tmp_path: Path, world_s
             batch_size=10,
             rank=rank,
             world_size=world_size,
-            workers=workers,
             split="train",
-            cache_dir=tmp_path,
+            options=ReadOptions(workers=workers, cache_dir=tmp_path),
         )
         batches = list(loader)
         assert len(batches) == len(loader)

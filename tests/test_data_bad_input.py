@@ -9,14 +9,15 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny_shards import jpeg_of, write_shards
+from tiny_shards import jpeg_of, open_loader, write_shards
 
-from vitfreeze.data import EvalLoader, ShardError, TrainLoader, merge_reports
+from vitfreeze.data import EvalLoader, ReadOptions, ShardError, TrainLoader, merge_reports
 
 MakeLoader = Callable[..., TrainLoader]
 
@@ -33,7 +34,7 @@ def make_loader(tmp_path: Path) -> MakeLoader:
             "max_bad_fraction": 0.2,
             "cache_dir": tmp_path / "cache",
         }
-        return TrainLoader(shards, **(defaults | settings))  # type: ignore[arg-type]
+        return open_loader(shards, **(defaults | settings))
 
     return make
 
@@ -278,13 +279,13 @@ def test_bad_sample_is_left_out_of_evaluation(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "a.tar", [*good_members(0, 5), ("bad.jpg", b"?"), ("bad.cls", b"0"), *good_members(5, 9)]
     )
-    settings = {"img_size": 16, "batch_size": 4, "workers": 0, "cache_dir": tmp_path}
-    loader = EvalLoader(str(path), max_bad_fraction=0.1, **settings)  # type: ignore[arg-type]
+    strict = ReadOptions(workers=0, cache_dir=tmp_path)
+    loader = EvalLoader(str(path), img_size=16, batch_size=4, options=replace(strict, max_bad_fraction=0.1))
     assert [len(batch.images) for batch in loader] == [4, 3, 2]
     (report,) = loader.take_reports()
     assert [sample.key for sample in report.skipped] == ["bad"]
     with pytest.raises(ShardError, match=r"max_bad_fraction=0\.001"):
-        list(EvalLoader(str(path), **settings))  # type: ignore[arg-type]
+        list(EvalLoader(str(path), img_size=16, batch_size=4, options=strict))
 
 
 def test_shard_without_a_usable_sample_is_refused(tmp_path: Path, make_loader: MakeLoader) -> None:

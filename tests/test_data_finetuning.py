@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_shards import write_shards
 
-from vitfreeze.data import BatchMixing, FinetuneTransform, TrainLoader, normalize
+from vitfreeze.data import BatchMixing, FinetuneTransform, ReadOptions, TrainLoader, normalize
 
 
 def global_state() -> tuple[object, bytes, bytes]:
@@ -30,9 +30,8 @@ def test_finetune_batches_do_not_depend_on_workers(tmp_path: Path) -> None:
                 micro_batch=8 // world_size,
                 rank=rank,
                 world_size=world_size,
-                workers=workers,
                 transform=FinetuneTransform(img_size=32),
-                cache_dir=tmp_path,
+                options=ReadOptions(workers=workers, cache_dir=tmp_path),
             )
             for rank in range(world_size)
         ]

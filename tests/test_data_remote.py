@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tiny_shards import write_shards
+from tiny_shards import open_loader, write_shards
 
 from vitfreeze.data import ShardError, TrainLoader
 from vitfreeze.data.downloads import DownloadCache, cut_query
@@ -72,7 +72,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def make_loader(tmp_path: Path) -> Callable[..., TrainLoader]:
     def make(shards: object, **settings: object) -> TrainLoader:
         defaults = {"img_size": 16, "num_patches": 4, "global_batch": 4, "micro_batch": 4, "workers": 0}
-        return TrainLoader(shards, **(defaults | {"cache_dir": tmp_path / "cache"} | settings))  # type: ignore[arg-type]
+        return open_loader(shards, **(defaults | {"cache_dir": tmp_path / "cache"} | settings))
 
     return make
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny_shards import write_shards
+from tiny_shards import open_loader, write_shards
 
 from vitfreeze.data import TrainLoader
 
@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PROGRAM = """
 import sys
-from vitfreeze.data import TrainLoader
-loader = TrainLoader(sys.argv[1], img_size=16, num_patches=4, global_batch=4, micro_batch=4, workers=2,
-                     cache_dir=sys.argv[2])
+from vitfreeze.data import ReadOptions, TrainLoader
+loader = TrainLoader(sys.argv[1], img_size=16, num_patches=4, global_batch=4, micro_batch=4,
+                     options=ReadOptions(workers=2, cache_dir=sys.argv[2]))
 try:
     for batch in loader.batches(0, 10**9):
         if batch.step == 20:
@@ -40,7 +40,7 @@ def shards(tmp_path: Path) -> Path:
 
 def make_loader(shards: Path, **settings: object) -> TrainLoader:
     defaults = {"img_size": 16, "num_patches": 4, "global_batch": 4, "micro_batch": 4, "workers": 2}
-    return TrainLoader(shards, **(defaults | {"cache_dir": shards.parent / "cache"} | settings))  # type: ignore[arg-type]
+    return open_loader(shards, **(defaults | {"cache_dir": shards.parent / "cache"} | settings))
 
 
 @pytest.mark.distributed

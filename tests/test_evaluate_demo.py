@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from vitfreeze.assembly import build_model, open_split
+from vitfreeze.assembly import build_model
 from vitfreeze.config import Config, load_config
+from vitfreeze.data import open_split
 from vitfreeze.engine import join_processes
 from vitfreeze.evaluate import Features, extract_features, find_best, knn_accuracy, train_linear
 from vitfreeze.finetune import finetune
@@ -29,11 +31,16 @@ SEEDS = (0, 1, 2)
 MARGINS = {"knn": 0.09, "linear": 0.12, "finetune": 0.07}
 FINETUNING = (
     *("model.size=vit_small_patch16", "model.img_size=64", "model.patch_size=8", "model.depth=8"),
-    *("optim.blr=null", "optim.base_lr=5e-4", "optim.warmup=10%", "batch.global_size=32", "freeze.mode=off"),
+    *("optim.blr=null", "optim.base_lr=5e-4", "optim.warmup=10%", "batch.global_size=32"),
     *("finetune.num_classes=12", "finetune.mixup=0", "finetune.cutmix=0", "finetune.aa=''", "finetune.reprob=0"),
     *("finetune.layer_decay=0.9", "data.crop_scale=[0.6, 1.0]", "data.workers=1"),
     *("run.length=150 steps", "eval.every=150 steps", "checkpoint.every=150 steps"),
 )
+FREEZING = {
+    "not frozen": ("freeze.mode=off",),
+    "t_0 0.8": ("freeze.mode=schedule", "freeze.t_0=0.8"),
+    "t_0 0.5": ("freeze.mode=schedule", "freeze.t_0=0.5"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +58,28 @@ def judge_features(model: LocalMIM, config: Config) -> dict[str, float]:
     return {"knn": knn, "linear": find_best(train_linear(train, test)).top1}
 
 
-def judge_finetuned(config: Config, folder: Path, *, init_from: str) -> float:
-    size = config.model.resolve()
+class Tuned(NamedTuple):
+    top1: float
+    seconds: float  # in training steps
+
+
+def judge_finetuned(config: Config, folder: Path, *, init_from: str, freezing: str = "not frozen") -> Tuned:
+    size, run = config.model.resolve(), folder / f"{Path(init_from).name or 'random'} tuned, {freezing}"
     (folder / "finetune.yaml").write_text("run:\n  seed: 0\n")
     tuned = load_config(
         folder / "finetune.yaml",
         [
-            *FINETUNING, f"model.embed_dim={size.embed_dim}", f"model.num_heads={size.num_heads}",
+            *FINETUNING, *FREEZING[freezing], f"model.embed_dim={size.embed_dim}", f"model.num_heads={size.num_heads}",
             f"data.train={config.data.train[0]}", f"data.val={config.data.val[0]}", f"model.init_from='{init_from}'",
-            f"run.seed={config.run.seed}", f"run.dir={folder / (Path(init_from).name or 'random')}_tuned",
+            f"run.seed={config.run.seed}", f"run.dir='{run}'",
         ],
     )  # fmt: skip
     assert finetune(tuned) == 0
-    lines = (Path(tuned.run.dir) / "metrics.jsonl").read_text().splitlines()
-    worth: dict[str, Any] = json.loads(lines[-1])["eval"]
-    assert worth["images"] == 200
-    return float(worth["top1"])
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval"]["images"] == 200
+    counts = [after - before for before, after in pairwise([0, *(line["step"] for line in lines)])]
+    seconds = sum(count * line["step_seconds"] for count, line in zip(counts, lines, strict=True))
+    return Tuned(lines[-1]["eval"]["top1"], seconds)
 
 
 @pytest.mark.slow
@@ -74,6 +87,7 @@ def judge_finetuned(config: Config, folder: Path, *, init_from: str) -> float:
 def test_pretrained_beats_random(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     join_processes()
     gains: dict[str, list[float]] = {judge: [] for judge in MARGINS}
+    frozen: dict[str, list[Tuned]] = {freezing: [] for freezing in FREEZING}
     for seed in SEEDS:
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -84,13 +98,16 @@ def test_pretrained_beats_random(shards: Path, tmp_path: Path, capsys: pytest.Ca
         torch.manual_seed(seed)
         trained = judge_features(build_encoder(read_pretrained(run)), config)
         random = judge_features(build_model(config), config)
-        trained["finetune"] = judge_finetuned(config, folder, init_from=str(run))
-        random["finetune"] = judge_finetuned(config, folder, init_from="")
+        for freezing, results in frozen.items():
+            results.append(judge_finetuned(config, folder, init_from=str(run), freezing=freezing))
+        trained["finetune"] = frozen["not frozen"][-1].top1
+        random["finetune"] = judge_finetuned(config, folder, init_from="").top1
         for judge, values in gains.items():
             values.append(trained[judge] - random[judge])
         with capsys.disabled():
             rows = ", ".join(f"{judge} {100 * random[judge]:.1f} -> {100 * trained[judge]:.1f} %" for judge in MARGINS)
-            print(f"\nseed {seed}: {rows}", flush=True)
+            tuned = ", ".join(f"{name} {100 * r[-1].top1:.1f} % in {r[-1].seconds:.1f} s" for name, r in frozen.items())
+            print(f"\nseed {seed}: {rows}\n  fine-tuned: {tuned}", flush=True)
     for judge, values in gains.items():
         assert min(values) > 0, (judge, values)
         assert sum(values) / len(values) > MARGINS[judge], (judge, values)

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.assembly import open_split
 from vitfreeze.classifier import Classifier, averaged_weights
 from vitfreeze.config import Config, ConfigError, build_config, load_config
 from vitfreeze.convert import to_timm
-from vitfreeze.data import ShardError, normalize
+from vitfreeze.data import ShardError, normalize, open_split
 from vitfreeze.engine.units import plan_groups
 from vitfreeze.export import ARCHITECTURE, timm_arguments
 from vitfreeze.finetune import Finetuning, finetune

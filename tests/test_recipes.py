@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitfreeze.assembly import build_engine, build_loader
+from vitfreeze.assembly import build_engine
 from vitfreeze.config import RECIPE_FOLDER, load_config
-from vitfreeze.data import normalize
+from vitfreeze.data import build_train_loader, normalize
 from vitfreeze.engine import join_processes
 from vitfreeze.planner import plan
 from vitfreeze.schedule import build_schedule
@@ -123,7 +123,7 @@ def take_two_steps(recipe: str, folder: Path) -> Trained:
     shards = write_shards(folder / "shards", [8])
     config = load_config(recipe, [*NARROW, f"data.train={shards}"])
     processes = join_processes()
-    loader = build_loader(config, processes)
+    loader = build_train_loader(config, rank=processes.rank, world_size=processes.world_size)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
     engine = build_engine(config, processes, frozen_layers=0)
     before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}

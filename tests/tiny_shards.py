@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
 from PIL import Image
+
+from vitfreeze.data import ReadOptions, TrainLoader
 
 
 def jpeg_of(color: tuple[int, int, int], *, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -17,6 +21,12 @@ def jpeg_of(color: tuple[int, int, int], *, size: tuple[int, int] = (40, 30)) ->
     data = io.BytesIO()
     Image.fromarray((ramp * np.array(color)).astype(np.uint8)).save(data, "JPEG", quality=90)
     return data.getvalue()
+
+
+def open_loader(shards: Any, **settings: Any) -> TrainLoader:
+    """A loader for training; settings are its arguments and those of its `ReadOptions`, mixed."""
+    options = {field.name: settings.pop(field.name) for field in fields(ReadOptions) if field.name in settings}
+    return TrainLoader(shards, options=ReadOptions(**options), **settings)
 
 
 def write_shards(folder: Path, lengths: list[int], *, info: bool = True) -> Path:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitfreeze.assembly import open_split
 from vitfreeze.config import Config
+from vitfreeze.data import open_split
 from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run

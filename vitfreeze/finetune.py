@@ -20,10 +20,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitfreeze.assembly import open_split
 from vitfreeze.classifier import Classifier
 from vitfreeze.config import Config
-from vitfreeze.data import Batch, normalize
+from vitfreeze.data import Batch, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.engine import FreezingEngine

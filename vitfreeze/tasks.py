@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.assembly import build_model, open_split
+from vitfreeze.assembly import build_model
 from vitfreeze.checkpoint.folder import FOLDER_NAME, sort_checkpoints
 from vitfreeze.classifier import Classifier
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, settings
-from vitfreeze.data import Batch, normalize
+from vitfreeze.data import Batch, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.evaluate.probe import Probe

@@ -1,15 +1,11 @@
 """Shards -> decoded, augmented batches, in an order that is a function of (seed, epoch)."""
 
-from vitfreeze.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop
+from vitfreeze.data.augmentation import CenterCrop, RandomCrop
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
-from vitfreeze.data.loading import (
-    Batch,
-    EvalLoader,
-    TrainLoader,
-    normalize,
-    workers_needed,
-)
+from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
+from vitfreeze.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
+from vitfreeze.data.opening import build_train_loader, open_split
 from vitfreeze.data.order import EpochOrder
 from vitfreeze.data.reporting import EpochReport, SkippedSample, merge_reports
 
@@ -25,10 +21,13 @@ __all__ = [
     "EvalLoader",
     "FinetuneTransform",
     "RandomCrop",
+    "ReadOptions",
     "ShardError",
     "SkippedSample",
     "TrainLoader",
+    "build_train_loader",
     "merge_reports",
     "normalize",
+    "open_split",
     "workers_needed",
 ]

@@ -16,9 +16,6 @@ from torch import Tensor
 from vitfreeze.data.decoding import resize_crop
 from vitfreeze.data.order import SampleRandom
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 _CROP_ATTEMPTS = 10
 
 

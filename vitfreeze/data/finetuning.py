@@ -26,8 +26,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip
 
-from vitfreeze.data.augmentation import IMAGENET_MEAN
-from vitfreeze.data.loading import normalize
+from vitfreeze.data.normalization import IMAGENET_MEAN, normalize
 from vitfreeze.data.order import SampleRandom
 
 

@@ -3,38 +3,30 @@
 Batch `m` of optimizer step `s` is a plain function of (seed, s, m): a request says which places of which epoch it
 covers, any worker can serve it, and torch's DataLoader hands the answers out in the order of the requests. So resuming
 is starting at another step, and ranks, workers and accumulation change who makes a batch but not what is in it.
-
-Pixels travel through a ring of shared memory that lives as long as the workers. Handing each batch over in memory of
-its own, as DataLoader does by itself, costs a page fault per 4 KiB in the worker and another in the main process.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vitfreeze.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, Transform
-from vitfreeze.data.decoding import MAX_IMAGE_PIXELS, DecodedImage, decode_image
-from vitfreeze.data.downloads import DownloadCache, cut_query, default_cache_dir
-from vitfreeze.data.errors import BadSampleError, ShardError
-from vitfreeze.data.order import EpochOrder, SampleRandom
+from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
+from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
+from vitfreeze.data.downloads import DownloadCache, default_cache_dir
+from vitfreeze.data.errors import ShardError
+from vitfreeze.data.making import Answer, BatchMaker, Recipe, Request, Ring, return_as_is, start_worker
+from vitfreeze.data.order import EpochOrder
 from vitfreeze.data.reporting import EpochReport, EpochTally, SkippedSample
-from vitfreeze.data.shards import Sample, ShardReader, ShardSet, find_shards
-
-_log = logging.getLogger(__name__)
+from vitfreeze.data.shards import ShardReader, ShardSet, find_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,161 +61,36 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
-    """Crops start..stop of an epoch: crop c belongs to the image at place c // crops_per_image."""
+class ReadOptions:
+    """How shards are read, whatever for.
 
-    epoch: int
-    step: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """What a worker tells of a batch; the pixels and the noise lie in the slot of the ring that it was told to fill."""
-
-    request: _Request
-    slot: int
-    keys: list[str]
-    labels: np.ndarray
-    indices: np.ndarray
-    skipped: list[SkippedSample]
-    fallbacks: int
-    work_seconds: float
-
-
-class _Ring:
-    """Memory that workers fill and the main process empties, one slot per batch under way.
-
-    DataLoader sends out the request `ahead` places further on before it hands over an answer, and the next one only
-    when it is asked again; by then the answer has been copied. So ahead + 1 slots, used in turn, never collide.
+    Attributes:
+        workers: decoding processes; 0 decodes in the calling process.
+        prefetch: batches that each worker keeps ready.
+        pin_memory: page-locked batches, for asynchronous copies; None: when CUDA is there.
+        num_classes: labels must exist and be smaller; None: labels are not looked at.
+        max_bad_fraction: share of an epoch's samples that may be unusable; an error as soon as this rank alone meets
+            more. Over several ranks, `merge_reports` decides.
+        max_image_pixels: largest image that is decoded.
+        allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command.
+        cache_dir: folder for fetched shards and for the shards' headers; None: the user's cache.
+        cache_gigabytes: bound on the fetched shards.
     """
 
-    def __init__(self, *, ahead: int, batch: int, img_size: int, num_patches: int, shared: bool) -> None:
-        self.slots = ahead + 1
-        self.images = torch.empty(self.slots, batch, 3, img_size, img_size, dtype=torch.uint8)
-        self.noise = torch.empty(self.slots, batch, num_patches)
-        if shared:
-            self.images.share_memory_()
-            self.noise.share_memory_()
+    workers: int = 8
+    prefetch: int = 4
+    pin_memory: bool | None = None
+    num_classes: int | None = None
+    max_bad_fraction: float = 0.001
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    allow_pipe: bool = False
+    cache_dir: str | PathLike[str] | None = None
+    cache_gigabytes: float = 200.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """How batches are made of samples."""
-
-    order: EpochOrder | None  # None: in the order of the shards
-    transform: Transform
-    seed: int
-    num_patches: int
-    crops_per_image: int
-    replace_bad: bool
-    max_image_pixels: int
-
-
-class _BatchMaker(Dataset):
-    """Answers requests, each with the slot to fill. Every worker process has a copy."""
-
-    def __init__(self, recipe: _Recipe, *, ring: _Ring, reader: ShardReader, starts: np.ndarray) -> None:
-        self.recipe = recipe
-        self.ring = ring
-        self.reader = reader
-        self.starts = starts
-        self._random = SampleRandom(recipe.seed)
-
-    def __getitem__(self, numbered: tuple[int, _Request]) -> _Answer | ShardError:
-        try:
-            return self._answer(*numbered)
-        except ShardError as error:
-            return error  # torch would wrap its one sentence into the worker's traceback
-
-    def _answer(self, number: int, request: _Request) -> _Answer:
-        begin = time.perf_counter()
-        slot = number % self.ring.slots
-        images, noise = self.ring.images[slot], self.ring.noise[slot].numpy()
-        wanted = self._wanted(request)
-        skipped, keys, used, row, fallbacks = list[SkippedSample](), list[str](), list[tuple[int, int]](), 0, 0
-        for index, shard, place in wanted:
-            found = self._decode(index, shard, place, skipped)
-            if found is None:
-                continue
-            sample, used_index, image = found
-            fallbacks += image.fell_back
-            for crop in range(self.recipe.crops_per_image):
-                self._random.seek(epoch=request.epoch, sample=index, crop=crop)
-                self.recipe.transform.apply(image.pixels, self._random, images[row])
-                self._random.fill(noise[row])
-                row += 1
-            keys += [sample.key] * self.recipe.crops_per_image
-            used += [(sample.label, used_index)] * self.recipe.crops_per_image
-        labels, indices = np.array(used, dtype=np.int64).reshape(-1, 2).T
-        return _Answer(
-            request=request,
-            slot=slot,
-            keys=keys,
-            labels=labels,
-            indices=indices,
-            skipped=skipped,
-            fallbacks=fallbacks,
-            work_seconds=time.perf_counter() - begin,
-        )
-
-    def _wanted(self, request: _Request) -> list[tuple[int, int, int]]:
-        """Return (index, shard, place in the shard) of the request's samples, and let the system begin to read them."""
-        first, last = request.start // self.recipe.crops_per_image, request.stop // self.recipe.crops_per_image
-        if self.recipe.order is None:
-            indices = np.arange(first, last, dtype=np.int64)
-        else:
-            indices = self.recipe.order.indices(request.epoch, first, last)
-        shards = np.searchsorted(self.starts, indices, side="right") - 1
-        wanted = list(zip(indices.tolist(), shards.tolist(), (indices - self.starts[shards]).tolist(), strict=True))
-        for _, shard, place in wanted:
-            try:
-                self.reader.expect(shard, self.reader.sample(shard, place))
-            except BadSampleError:
-                continue  # met again, and counted, when its turn comes
-        return wanted
-
-    def _decode(
-        self, index: int, shard: int, place: int, skipped: list[SkippedSample]
-    ) -> tuple[Sample, int, DecodedImage] | None:
-        """Decode a sample, or the next good one of its shard in its stead; None where nothing shall replace it.
-
-        Raises:
-            ShardError: no sample of the shard is usable.
-        """
-        length = self.reader.length(shard)
-        for offset in range(length if self.recipe.replace_bad else 1):
-            there = (place + offset) % length
-            try:
-                sample = self.reader.sample(shard, there)
-                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.recipe.max_image_pixels)
-                return sample, index - place + there, image
-            except BadSampleError as error:
-                reason = str(error)
-                if not offset:  # those passed over in search of a substitute are counted where it is their turn
-                    name = cut_query(self.reader.shards.names[shard])
-                    skipped.append(
-                        SkippedSample(index=index, shard=name, key=self.reader.key(shard, place), reason=reason)
-                    )
-        if not self.recipe.replace_bad:
-            return None
-        raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {reason})")
-
-
-def _start_worker(_: int) -> None:
-    """Prepare a worker: signals are the main process's to handle, and one image at a time needs one thread.
-
-    Terminals and schedulers signal whole process groups; the main process needs its workers until it has saved.
-    """
-    signal.set_wakeup_fd(-1)  # inherited, it would pass this worker's signals off as the main process's own
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _return_as_is(parts: Any) -> Any:
-    return parts
+    def __post_init__(self) -> None:
+        _check_least(workers=(self.workers, 0), prefetch=(self.prefetch, 1))
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction:g}; a share lies between 0 and 1")
 
 
 class _Loader:
@@ -236,29 +103,18 @@ class _Loader:
         split: str,
         rank: int,
         world_size: int,
-        workers: int,
-        prefetch: int,
-        pin_memory: bool | None,
-        num_classes: int | None,
-        max_bad_fraction: float,
-        allow_pipe: bool,
-        cache_dir: str | PathLike[str] | None,
-        cache_gigabytes: float,
+        options: ReadOptions,
         open_shards: int,
     ) -> None:
-        _check_least(rank=(rank, 0), world_size=(world_size, rank + 1), workers=(workers, 0), prefetch=(prefetch, 1))
-        if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {max_bad_fraction:g}; a share lies between 0 and 1")
-        self.rank, self.world_size = rank, world_size
-        self.workers, self.prefetch = workers, prefetch
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.max_bad_fraction = max_bad_fraction
-        folder = Path(cache_dir) if cache_dir else default_cache_dir()
+        _check_least(rank=(rank, 0), world_size=(world_size, rank + 1))
+        self.rank, self.world_size, self.options = rank, world_size, options
+        self.pin_memory = torch.cuda.is_available() if options.pin_memory is None else options.pin_memory
+        folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
         self.reader = ShardReader(
-            find_shards(shards, split=split, allow_pipe=allow_pipe),
-            downloads=DownloadCache(folder / "shards", max_bytes=cache_gigabytes * 1e9),
+            find_shards(shards, split=split, allow_pipe=options.allow_pipe),
+            downloads=DownloadCache(folder / "shards", max_bytes=options.cache_gigabytes * 1e9),
             index_dir=folder / "index",
-            num_classes=num_classes,
+            num_classes=options.num_classes,
             open_shards=open_shards,
         )
         self.lengths = [self.reader.length(shard) for shard in range(len(self.shards.names))]
@@ -290,23 +146,24 @@ class _Loader:
             raise ValueError("the need for workers is measured from batches, and none was made yet")
         return workers_needed(self._work_seconds / self._work_images, seconds_per_image=seconds_per_image)
 
-    def _serve(self, recipe: _Recipe, requests: Iterable[_Request], *, largest: int) -> Iterator[Batch]:
+    def _serve(self, recipe: Recipe, requests: Iterable[Request], *, largest: int) -> Iterator[Batch]:
         """Yield the answers to requests of at most `largest` crops."""
-        ring = _Ring(
-            ahead=self.workers * self.prefetch,
+        workers, prefetch = self.options.workers, self.options.prefetch
+        ring = Ring(
+            ahead=workers * prefetch,
             batch=largest,
             img_size=recipe.transform.img_size,
             num_patches=recipe.num_patches,
-            shared=self.workers > 0,
+            shared=workers > 0,
         )
         loader: DataLoader = DataLoader(
-            _BatchMaker(recipe, ring=ring, reader=self.reader, starts=self.starts),
+            BatchMaker(recipe, ring=ring, reader=self.reader, starts=self.starts),
             sampler=enumerate(requests),
             batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            collate_fn=_return_as_is,
-            worker_init_fn=_start_worker,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            collate_fn=return_as_is,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # seeds the workers; without one, torch draws from the caller's
         )
         answers = iter(loader)
@@ -325,7 +182,7 @@ class _Loader:
             del answers  # its end stops the workers, also on Ctrl-C and when the caller stops early
             self.reader.close()
 
-    def _unload(self, ring: _Ring, answer: _Answer, begin: float) -> Batch:
+    def _unload(self, ring: Ring, answer: Answer, begin: float) -> Batch:
         """Copy an answer out of the ring, so that the batch may be kept as long as anyone likes."""
         count = len(answer.keys)
         images = torch.empty((count, *ring.images.shape[2:]), dtype=torch.uint8, pin_memory=self.pin_memory)
@@ -364,21 +221,12 @@ class TrainLoader(_Loader):
         rank: number of this process.
         world_size: number of processes.
         seed: decides the order, the crops and the noise.
-        workers: decoding processes; 0 decodes in the calling process.
         crops_per_image: independent crops and masks taken from one decoded image. An epoch has that many times as
             many crops, and steps.
         crop_scale: least and greatest share of the image's area in a crop.
         transform: replaces the random crop, for fine-tuning; `img_size` and `crop_scale` are then its own.
         split: which split of a folder's `_info.json`.
-        num_classes: labels must exist and be smaller; None: labels are not looked at.
-        prefetch: batches that each worker keeps ready.
-        pin_memory: page-locked batches, for asynchronous copies; default: when CUDA is there.
-        max_bad_fraction: share of an epoch's samples that may be unusable; an error as soon as this rank alone meets
-            more. Over several ranks, `merge_reports` decides.
-        max_image_pixels: largest image that is decoded.
-        allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command.
-        cache_dir: folder for fetched shards and for the shards' headers; default: the user's cache.
-        cache_gigabytes: bound on the fetched shards.
+        options: how the shards are read.
         window_shards: how many shards are shuffled together; see `EpochOrder`.
 
     Raises:
@@ -397,21 +245,14 @@ class TrainLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        workers: int = 8,
         crops_per_image: int = 1,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         transform: Transform | None = None,
         split: str = "train",
-        num_classes: int | None = None,
-        prefetch: int = 4,
-        pin_memory: bool | None = None,
-        max_bad_fraction: float = 0.001,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
-        allow_pipe: bool = False,
-        cache_dir: str | PathLike[str] | None = None,
-        cache_gigabytes: float = 200.0,
+        options: ReadOptions | None = None,
         window_shards: int = 16,
     ) -> None:
+        options = options or ReadOptions()
         _check_least(seed=(seed, 0), crops_per_image=(crops_per_image, 1), num_patches=(num_patches, 0))
         self.global_batch, self.crops_per_image = global_batch, crops_per_image
         self.world_size = world_size
@@ -422,14 +263,7 @@ class TrainLoader(_Loader):
             split=split,
             rank=rank,
             world_size=world_size,
-            workers=workers,
-            prefetch=prefetch,
-            pin_memory=pin_memory,
-            num_classes=num_classes,
-            max_bad_fraction=max_bad_fraction,
-            allow_pipe=allow_pipe,
-            cache_dir=cache_dir,
-            cache_gigabytes=cache_gigabytes,
+            options=options,
             open_shards=window_shards + 4,
         )
         order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
@@ -439,14 +273,14 @@ class TrainLoader(_Loader):
                 f"the shards hold {self.num_samples} samples, {self.num_samples * crops_per_image} crops with "
                 f"crops_per_image={crops_per_image}: fewer than one global batch of {global_batch}"
             )
-        self._recipe = _Recipe(
+        self._recipe = Recipe(
             order=order,
             transform=transform or RandomCrop(img_size=img_size, scale=crop_scale),
             seed=seed,
             num_patches=num_patches,
             crops_per_image=crops_per_image,
             replace_bad=True,
-            max_image_pixels=max_image_pixels,
+            max_image_pixels=options.max_image_pixels,
         )
 
     def accumulation(self, micro_batch: int) -> int:
@@ -498,18 +332,18 @@ class TrainLoader(_Loader):
             if tally is None or batch.epoch != tally.epoch:
                 if tally is not None:
                     self._reports.append(tally.finish())
-                tally = EpochTally(batch.epoch, epoch_images=images, max_bad_fraction=self.max_bad_fraction)
+                tally = EpochTally(batch.epoch, epoch_images=images, max_bad_fraction=self.options.max_bad_fraction)
             tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
             yield batch
         if tally is not None:
             self._reports.append(tally.finish())
 
-    def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[_Request]:
+    def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[Request]:
         for step in range(start_step, total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             for number in range(accumulation):
                 start = step_in_epoch * self.global_batch + (number * self.world_size + self.rank) * micro_batch
-                yield _Request(epoch=epoch, step=step, start=start, stop=start + micro_batch)
+                yield Request(epoch=epoch, step=step, start=start, stop=start + micro_batch)
 
 
 class EvalLoader(_Loader):
@@ -524,10 +358,8 @@ class EvalLoader(_Loader):
         batch_size: images per batch.
         rank: number of this process.
         world_size: number of processes.
-        workers: decoding processes.
         crop_pct: side of the crop over the shorter side it is cut from; 0.875 is 224 of 256.
-        split, num_classes, prefetch, pin_memory, max_bad_fraction, max_image_pixels, allow_pipe, cache_dir,
-            cache_gigabytes: as for `TrainLoader`.
+        split, options: as for `TrainLoader`.
     """
 
     def __init__(
@@ -538,43 +370,29 @@ class EvalLoader(_Loader):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 8,
         crop_pct: float = 0.875,
         split: str = "validation",
-        num_classes: int | None = None,
-        prefetch: int = 4,
-        pin_memory: bool | None = None,
-        max_bad_fraction: float = 0.001,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
-        allow_pipe: bool = False,
-        cache_dir: str | PathLike[str] | None = None,
-        cache_gigabytes: float = 200.0,
+        options: ReadOptions | None = None,
     ) -> None:
+        options = options or ReadOptions()
         _check_least(batch_size=(batch_size, 1))
         super().__init__(
             shards,
             split=split,
             rank=rank,
             world_size=world_size,
-            workers=workers,
-            prefetch=prefetch,
-            pin_memory=pin_memory,
-            num_classes=num_classes,
-            max_bad_fraction=max_bad_fraction,
-            allow_pipe=allow_pipe,
-            cache_dir=cache_dir,
-            cache_gigabytes=cache_gigabytes,
+            options=options,
             open_shards=8,
         )
         self.batch_size = batch_size
-        self._recipe = _Recipe(
+        self._recipe = Recipe(
             order=None,
             transform=CenterCrop(img_size=img_size, crop_pct=crop_pct),
             seed=0,
             num_patches=0,
             crops_per_image=1,
             replace_bad=False,
-            max_image_pixels=max_image_pixels,
+            max_image_pixels=options.max_image_pixels,
         )
 
     @property
@@ -589,9 +407,9 @@ class EvalLoader(_Loader):
         return -(-len(self.share) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        tally = EpochTally(0, epoch_images=self.num_samples, max_bad_fraction=self.max_bad_fraction)
+        tally = EpochTally(0, epoch_images=self.num_samples, max_bad_fraction=self.options.max_bad_fraction)
         requests = (
-            _Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
+            Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
         )
         for batch in self._serve(self._recipe, requests, largest=self.batch_size):
@@ -620,39 +438,3 @@ def workers_needed(work_seconds_per_image: float, *, seconds_per_image: float) -
     if work_seconds_per_image <= 0 or seconds_per_image <= 0:
         raise ValueError(f"times per image must be positive, not {work_seconds_per_image:g} and {seconds_per_image:g}")
     return math.ceil(work_seconds_per_image / seconds_per_image)
-
-
-def normalize(
-    images: Tensor,
-    dtype: torch.dtype = torch.float32,
-    *,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-) -> Tensor:
-    """Turn uint8 images into normalised ones, on the device they are on.
-
-    Computed in float32 whatever the result's type.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        dtype: type of the result.
-        mean, std: of each channel, for values from 0 to 1.
-
-    Returns:
-        (B, 3, H, W) of `dtype`.
-
-    Raises:
-        ValueError: the images are not uint8, and so probably normalised already.
-    """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"normalize takes uint8 images, not {images.dtype}")
-    scale, shift = _affine(images.device, mean, std)
-    return torch.addcmul(shift, images.float(), scale).to(dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _affine(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return x -> (x / 255 - mean) / std as one factor and one summand; kept, as copying them would halt the device."""
-    mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    scale, shift = 1 / (255 * std_C), -mean_C / std_C
-    return scale.float().view(1, 3, 1, 1).to(device), shift.float().view(1, 3, 1, 1).to(device)

@@ -16,7 +16,7 @@ import torch
 
 from vitfreeze.cluster import Meeting, Place, fingerprint_shards, group_ranks
 from vitfreeze.config import Config, derive_accumulation
-from vitfreeze.data import TrainLoader
+from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.doctor.facts import RankFacts, is_built_for, look_around
 from vitfreeze.doctor.findings import Finding
 from vitfreeze.doctor.judgement import (
@@ -200,27 +200,20 @@ def examine_files(
 
 def read_shards(config: Config, need: Need, place: Place, *, seconds: float) -> ShardReading:
     """Open the training shards as a run would and read batches for some seconds."""
-    data, model = config.data, config.model
+    workers = config.data.workers
     try:
-        loader = TrainLoader(
-            data.train, img_size=model.img_size, num_patches=(model.img_size // model.resolve().patch_size) ** 2,
-            global_batch=config.batch.global_size, micro_batch=need.plan.micro_batch, rank=place.rank,
-            world_size=place.world_size, seed=config.run.seed, workers=data.workers, prefetch=data.prefetch,
-            crops_per_image=data.crops_per_image, crop_scale=(data.crop_scale[0], data.crop_scale[1]),
-            max_bad_fraction=data.max_bad_fraction, allow_pipe=data.allow_pipe, cache_dir=data.cache_dir or None,
-            cache_gigabytes=data.cache_gigabytes,
-        )  # fmt: skip
+        loader = build_train_loader(config, rank=place.rank, world_size=place.world_size)
         fingerprint = fingerprint_shards(loader.shards.names, loader.lengths)
         rate = time_reading(loader, seconds=seconds)
     except (ValueError, OSError) as error:
-        return ShardReading(fingerprint="", images_per_second=0.0, workers=data.workers, error=str(error))
-    return ShardReading(fingerprint=fingerprint, images_per_second=rate, workers=data.workers)
+        return ShardReading(fingerprint="", images_per_second=0.0, workers=workers, error=str(error))
+    return ShardReading(fingerprint=fingerprint, images_per_second=rate, workers=workers)
 
 
 def time_reading(loader: TrainLoader, *, seconds: float) -> float:
     """Return the images per second of this rank, once its workers have started and their first batches are used up."""
     batches = loader.batches(0, 10**9)
-    ready = max(loader.workers * loader.prefetch, 1)
+    ready = max(loader.options.workers * loader.options.prefetch, 1)
     for _ in itertools.islice(batches, ready):
         pass
     begin, images = time.perf_counter(), 0

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vitfreeze.assembly import open_split
 from vitfreeze.config import Config
+from vitfreeze.data import open_split
 from vitfreeze.engine import Processes, join_processes
 from vitfreeze.evaluate.features import Features, extract_block_features, gather_features
 from vitfreeze.evaluate.knn import knn_over_ranks

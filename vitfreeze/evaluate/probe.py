@@ -6,9 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from vitfreeze.assembly import open_split
 from vitfreeze.config import Config
-from vitfreeze.data import Batch
+from vitfreeze.data import Batch, open_split
 from vitfreeze.evaluate.features import Features, extract_features
 from vitfreeze.evaluate.knn import knn_over_ranks
 from vitfreeze.model import LocalMIM

@@ -1,0 +1,86 @@
+"""From the settings of a run to its loaders."""
+
+from __future__ import annotations
+
+from vitfreeze.config import Config, derive_accumulation
+from vitfreeze.data.augmentation import Transform
+from vitfreeze.data.loading import EvalLoader, ReadOptions, TrainLoader
+
+EVAL_BATCH_SIZE = 64
+
+
+def build_train_loader(
+    config: Config,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    transform: Transform | None = None,
+    num_classes: int | None = None,
+) -> TrainLoader:
+    """Open the training shards on one rank.
+
+    Args:
+        config: the run.
+        rank, world_size: which share of every batch is this process's.
+        transform: makes the images instead of the random crop of the settings.
+        num_classes: labels must exist and be smaller; None: labels are not looked at, and masks are drawn.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        ShardError: the shards cannot be read.
+    """
+    if not config.data.train:
+        raise config.error("data.train", "a folder of shards, a brace pattern or URLs; make shards with data_prep")
+    micro_batch, _ = derive_accumulation(config, world_size=world_size)
+    data, model = config.data, config.model
+    return TrainLoader(
+        data.train,
+        img_size=model.img_size,
+        num_patches=(model.img_size // model.resolve().patch_size) ** 2,
+        global_batch=config.batch.global_size,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+        crops_per_image=data.crops_per_image,
+        crop_scale=(data.crop_scale[0], data.crop_scale[1]),
+        transform=transform,
+        options=_read_options(config, num_classes=num_classes),
+    )
+
+
+def open_split(
+    config: Config, split: str, *, rank: int = 0, world_size: int = 1, num_classes: int | None = None
+) -> EvalLoader:
+    """Open the shards of one split, `train` or `validation`, for evaluation: every image once over the ranks.
+
+    Raises:
+        ConfigError: the recipe names no shards for it.
+        ShardError: the shards cannot be read.
+    """
+    key = "data.train" if split == "train" else "data.val"
+    shards = config.data.train if split == "train" else config.data.val
+    if not shards:
+        raise config.error(key, f"shards of the {split} split")
+    return EvalLoader(
+        shards,
+        split=split,
+        img_size=config.model.img_size,
+        batch_size=EVAL_BATCH_SIZE,
+        rank=rank,
+        world_size=world_size,
+        options=_read_options(config, num_classes=num_classes),
+    )
+
+
+def _read_options(config: Config, *, num_classes: int | None) -> ReadOptions:
+    data = config.data
+    return ReadOptions(
+        workers=data.workers,
+        prefetch=data.prefetch,
+        num_classes=num_classes,
+        max_bad_fraction=data.max_bad_fraction,
+        allow_pipe=data.allow_pipe,
+        cache_dir=data.cache_dir or None,
+        cache_gigabytes=data.cache_gigabytes,
+    )
