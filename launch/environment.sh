@@ -80,9 +80,17 @@ remove_stale_locks() {
     find "$TORCH_EXTENSIONS_DIR" -name lock ! -newermt "$old" -delete 2>/dev/null || true
 }
 
-# What the first and the second Ctrl-C do to the process group of a run; a launcher over ssh has its own.
-ask_to_stop() { kill -USR1 -- "-$1"; }
-kill_at_once() { kill -KILL -- "-$1"; }
+# Signal the process group of a launcher, and those that its children lead: torchrun gives every rank its own.
+signal_groups() {
+    local leader
+    for leader in "$2" $(pgrep --parent "$2"); do
+        kill "-$1" -- "-$leader" 2>/dev/null || true # a child without a group of its own, or one that has ended
+    done
+}
+
+# What the first and the second Ctrl-C do to a run; a launcher over ssh has its own.
+ask_to_stop() { signal_groups USR1 "$1"; }
+kill_at_once() { signal_groups KILL "$1"; }
 
 # Run a command in a process group of its own and pass Ctrl-C on as SIGUSR1, which the training processes take as
 # "finish the step, save, stop". DeepSpeed's launcher would kill them after 30 seconds; here it does not hear of it.

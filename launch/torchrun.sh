@@ -36,19 +36,6 @@ else
     options+=(--standalone)
 fi
 
-# torchrun gives every rank a session of its own, which no signal to its group reaches.
-signal_ranks() {
-    local rank
-    for rank in $(pgrep --parent "$2"); do
-        kill "-$1" -- "-$rank" 2>/dev/null || true # one that has ended in between
-    done
-}
-ask_to_stop() { signal_ranks USR1 "$1"; }
-kill_at_once() {
-    signal_ranks KILL "$1"
-    kill -KILL -- "-$1"
-}
-
 # torchrun knows success and failure only, so a rank that stopped on request leaves its status in a file.
 stopped=$(mktemp)
 trap 'rm -f "$stopped"' EXIT
