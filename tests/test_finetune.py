@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.classifier import Classifier, averaged_weights
-from vitfreeze.config import Config, ConfigError, build_config, load_config
+from vitfreeze.config import Config, ConfigError, build_config, choose_task, load_config
 from vitfreeze.convert import to_timm
 from vitfreeze.data import ShardError, normalize, open_split
 from vitfreeze.engine.units import plan_groups
@@ -24,6 +25,8 @@ from vitfreeze.export import ARCHITECTURE, timm_arguments
 from vitfreeze.finetune import Finetuning, finetune
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import read_pretrained
+from vitfreeze.schedule import build_schedule
+from vitfreeze.train import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = MODEL_SIZES["vit_tiny_test"]
@@ -187,7 +190,7 @@ def test_average_keeps_float32_beside_half_weights(images: Tensor) -> None:
 
 def test_layer_decay_as_in_mae(demo_shards: Path, tmp_path: Path) -> None:
     config = make_config(demo_shards, tmp_path / "run", **{"freeze.mode": "off", "finetune.layer_decay": 0.5})
-    schedule = Finetuning(config).build_schedule(steps_per_epoch=10, events=())
+    schedule = build_schedule(choose_task(config, "finetune"), steps_per_epoch=10)
     rates = schedule.learning_rates(5)
     whole = schedule.cosine.learning_rate(5)
     assert rates["classifier"] == whole
@@ -197,7 +200,7 @@ def test_layer_decay_as_in_mae(demo_shards: Path, tmp_path: Path) -> None:
 
 
 def test_freezing_is_freezeout_times_the_decay(demo_shards: Path, tmp_path: Path) -> None:
-    schedule = Finetuning(make_config(demo_shards, tmp_path / "run")).build_schedule(steps_per_epoch=10, events=())
+    schedule = build_schedule(choose_task(make_config(demo_shards, tmp_path / "run"), "finetune"), steps_per_epoch=10)
     assert schedule.layers is not None
     assert schedule.learning_rates(4)["layer_03"] == pytest.approx(schedule.layers.learning_rate(3, 4) * 0.75**6)
     assert schedule.frozen_layers(11) > schedule.frozen_layers(4)
@@ -312,6 +315,14 @@ def test_weights_of_another_size_are_refused_and_leave_no_folder(
 def test_wrong_number_of_classes_is_refused(demo_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="label"):
         finetune(make_config(demo_shards, tmp_path / "run", **{"finetune.num_classes": 5}))
+
+
+@pytest.mark.parametrize(("task", "other"), [(pretrain, "finetune"), (finetune, "pretrain")])
+def test_a_recipe_for_the_other_task_is_refused(task: Callable[[Config], int], other: str, tmp_path: Path) -> None:
+    config = load_config("paper", [f"run.task={other}", f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=rf"run.task is '{other}'; .*or use `vitfreeze {other}`"):
+        task(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_pretraining_refuses_settings_of_fine_tuning(demo_shards: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class PublishedCosts(ModelCosts):
 
     def head(self, head: int) -> Product:
         size, patches, width, outputs = self.size, self.num_patches, self.size.decoder_embed_dim, 3 * self.hog_nbins
-        total = Product(linear=_linear(self.num_visible + 1, size.embed_dim, width)) + _block(patches + 1, width, 4)
+        total = Product(linear=_linear(self.num_encoded + 1, size.embed_dim, width)) + _block(patches + 1, width, 4)
         up_once = _linear(patches, width, 4 * width // 2)
         predictions = {
             4: up_once + _linear(4 * patches, width // 2, 4 * width // 4) + _linear(16 * patches, width // 4, outputs),

@@ -70,6 +70,7 @@ def words_of(path: Path) -> str:
         ("paper", ["freeze.heads_lr=layer", "optim.warmup=0"], ["as the layer of their tap"]),
         ("paper", ["freeze.cls_token=false", "freeze.patch_embed=false"], ["learning rate", "epoch"]),
         ("paper", ["freeze.mode=adaptive"], ["freezing adaptive"]),
+        ("finetune_b_100ep", ["freeze.mode=schedule"], ["classifier", "a layer freezes"]),
     ],
 )
 def test_schedule_is_drawn_with_its_labels(tmp_path: Path, recipe: str, overrides: list[str], words: list[str]) -> None:
@@ -109,6 +110,15 @@ def test_run_is_drawn_with_the_plan_beside_it(tmp_path: Path) -> None:
 def test_unfinished_and_unfrozen_runs_are_drawn_too(tmp_path: Path, values: dict[str, Any], upto: int) -> None:
     run = write_run(tmp_path / "run", configure(**values), upto=upto)
     assert plot_run(run, tmp_path / "run.png").read_bytes().startswith(PNG)
+
+
+def test_a_run_that_went_on_from_frozen_layers_is_drawn_without_the_plan(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", configure())
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[-3:]))
+    drawn = words_of(plot_run(run, tmp_path / "run.svg"))
+    assert "images per second" in drawn
+    assert "planned" not in drawn
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run
 from vitfreeze.model import LocalMIM
-from vitfreeze.planner import compare_run, format_comparison
+from vitfreeze.planner import compare_run, format_comparison, is_comparable
 from vitfreeze.plots import plot_run
 from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
 
@@ -38,6 +38,11 @@ def close_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: 
         f"board     tensorboard --logdir {directory / 'tensorboard'}",
         f"weights   {directory / 'checkpoints'}",
     ]
+    print_closing(config, directory, lines)
+
+
+def print_closing(config: Config, directory: Path, lines: Sequence[str]) -> None:
+    """Log what freezing changed in a run, the plan beside it, and lines that say where everything is."""
     metrics = read_json_lines(directory / "metrics.jsonl")
     parts = [closing_table(metrics), hold_against_plan(config, directory, metrics), "\n".join(lines)]
     logger.info("\n%s", "\n\n".join(part for part in parts if part))
@@ -45,7 +50,7 @@ def close_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: 
 
 def hold_against_plan(config: Config, directory: Path, metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return the saving that the plan predicted beside the measured one; nothing for a run that froze nothing."""
-    if len({line["frozen_layers"] for line in metrics}) == 1 or metrics[0]["frozen_layers"] > 0:
+    if len({line["frozen_layers"] for line in metrics}) == 1 or not is_comparable(metrics):
         return ""
     events = read_json_lines(directory / "events.jsonl")
     return format_comparison(compare_run(config, metrics, events=events))

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,6 +193,10 @@ class LossConfig:
 class RunConfig:
     """The run as a whole."""
 
+    task: str = option(
+        "pretrain", "pretrain or finetune: what the recipe is for; the command decides if it does not say",
+        choices=("pretrain", "finetune"),
+    )  # fmt: skip
     length: Duration = option(Duration(100, "epochs"), "how long to train")
     seed: int = option(0, "seed of weights, sample order, crops and masks")
     dir: str = option("", "run folder; default: runs/<recipe>", may_change=True)
@@ -321,6 +325,17 @@ def build_config(values: Mapping[str, tuple[Any, str]], *, recipe: str) -> Confi
     config = Config(**parts, recipe=recipe, origins={key: origin for key, (_, origin) in values.items()})
     check_config(config)
     return config
+
+
+def choose_task(config: Config, task: str) -> Config:
+    """Return the settings of a run that `vitfreeze TASK` shall do.
+
+    Raises:
+        ConfigError: the recipe is for the other task.
+    """
+    if config.run.task != task and "run.task" in config.origins:
+        raise config.error("run.task", f"{task!r} for `vitfreeze {task}`; or use `vitfreeze {config.run.task}`")
+    return replace(config, run=replace(config.run, task=task))
 
 
 def find_recipe(recipe: str | Path) -> Path:

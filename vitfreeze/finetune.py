@@ -8,11 +8,10 @@ patches behind a fresh norm. All of these are timm's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfreeze.classifier import Classifier
-from vitfreeze.config import Config
+from vitfreeze.closing import print_closing
+from vitfreeze.config import Config, choose_task
 from vitfreeze.data import Batch, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
@@ -30,7 +30,7 @@ from vitfreeze.export import export_run
 from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
 from vitfreeze.report import read_json_lines
-from vitfreeze.schedule import RunSchedule, build_schedule
+from vitfreeze.schedule import RunSchedule
 from vitfreeze.tasks import read_beginning, refuse_settings
 from vitfreeze.train import run_task
 
@@ -49,27 +49,7 @@ def finetune(config: Config, *, fresh: bool = False) -> int:
     Raises:
         ConfigError: a setting cannot be used, or the run folder holds another run.
     """
-    return run_task(Finetuning(config), fresh=fresh)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSchedule(RunSchedule):
-    """A run's schedule with layer-wise decay.
-
-    The classifier follows the cosine; block `depth` has `layer_decay` times its rate, and so on downward
-    (Clark et al., "ELECTRA", ICLR 2020). With FreezeOut, a layer's own rate is multiplied.
-    """
-
-    layer_decay: float
-
-    def learning_rates(self, step: int) -> dict[str, float]:
-        """Return the rate of the classifier and of every layer in the optimizer step number `step`."""
-        rates = {"classifier": self.cosine.learning_rate(step)}
-        for name, rate in super().learning_rates(step).items():
-            if name.startswith("layer_"):
-                layer = int(name.removeprefix("layer_"))
-                rates[name] = rate * self.layer_decay ** (self.depth + 1 - layer)
-        return rates
+    return run_task(Finetuning(choose_task(config, "finetune")), fresh=fresh)
 
 
 class Finetuning:
@@ -116,12 +96,6 @@ class Finetuning:
             raise self.config.error(
                 "finetune.aa", f"a policy of timm, such as rand-m9-mstd0.5-inc1 ({error})"
             ) from None
-
-    def build_schedule(self, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]]) -> FinetuneSchedule:
-        """Return the schedule of the settings, with layer-wise decay."""
-        plain = build_schedule(self.config, steps_per_epoch=steps_per_epoch, events=events)
-        values = {field.name: getattr(plain, field.name) for field in fields(RunSchedule)}
-        return FinetuneSchedule(**values, layer_decay=self.config.finetune.layer_decay)
 
     def build_model(self, *, is_new: bool) -> Classifier:
         """Return the classifier; a new run begins with the encoder that `model.init_from` names.
@@ -207,7 +181,7 @@ class Finetuning:
         ]
         if "ema_top1" in worth:
             lines.insert(2, f"average   {100 * worth['ema_top1']:.2f} % top-1; the exported weights are the average")
-        logger.info("\n%s", "\n".join(lines))
+        print_closing(self.config, directory, lines)
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vitfreeze.architecture import tap_blocks
 from vitfreeze.config import Config, ConfigError, load_config
-from vitfreeze.planner import Comparison, Plan, compare_run, plan
+from vitfreeze.planner import Comparison, Plan, compare_run, is_comparable, plan
 from vitfreeze.report import read_json_lines
-from vitfreeze.schedule import RunSchedule, build_schedule
+from vitfreeze.schedule import FinetuneSchedule, RunSchedule, build_schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,8 @@ def plot_run(run_dir: Path, path: Path) -> Path:
         raise ConfigError(f"{run_dir} holds no metrics.jsonl with a logged step, so there is nothing to draw")
     events = read_json_lines(run_dir / "events.jsonl")
     config = load_config(run_dir / "config.yaml")
-    rows = 3 if _is_finetuning(metrics) else 4
+    comparable = is_comparable(metrics)
+    rows = 4 if comparable else 3
     figure, axes = _new_figure(rows=rows, columns=2, size=(12, 3.25 * rows), heights=(1,) * rows)
     steps = [line["step"] for line in metrics]
     _draw_losses(axes[0][0], axes[0][1], metrics)
@@ -70,7 +71,7 @@ def plot_run(run_dir: Path, path: Path) -> Path:
     _draw_series(axes[2][0], steps, [line["images_per_second"] for line in metrics], label="images per second")
     megabytes = [line["optimizer_state_bytes"] / 2**20 for line in metrics]
     _draw_staircase(axes[2][1], steps, megabytes, label="optimizer state per rank (MiB)")
-    if not _is_finetuning(metrics):  # the plan is one of pre-training
+    if comparable:
         _draw_comparison(axes[3][0], axes[3][1], compare_run(config, metrics, events=events))
     for axis in [axis for row in axes[:3] for axis in row]:
         _mark_freezes(axis, metrics)
@@ -78,10 +79,6 @@ def plot_run(run_dir: Path, path: Path) -> Path:
         axis.set_xlim(0, steps[-1])
     figure.suptitle(f"{run_dir.resolve().name}: {config.model.size}, {steps[-1]:,} steps", x=0.01, ha="left")
     return _save(figure, path)
-
-
-def _is_finetuning(metrics: Sequence[Mapping[str, Any]]) -> bool:
-    return "classifier" in metrics[-1]["lr"]
 
 
 # Parts of the figures -------------------------------------------------------------------------------------------------
@@ -102,7 +99,9 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
         axis.plot([], [], marker="|", markersize=9, color=INK, linestyle="none", label="a layer freezes")
     steps = _spread(0, schedule.total_steps)
     cosine = [schedule.cosine.learning_rate(step) for step in steps]
-    if schedule.heads_lr == "global" or schedule.layers is None:
+    if isinstance(schedule, FinetuneSchedule):
+        axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label="classifier")
+    elif schedule.heads_lr == "global" or schedule.layers is None:
         axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label="heads")
     else:
         axis.plot([], [], color=INK, linestyle="none", label="heads: as the layer of their tap")
@@ -189,7 +188,7 @@ def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, dept
         rates = [line["lr"][name] for line in lines]
         axis.plot([line["step"] for line in lines], rates, color=colors(layer), linewidth=1.2)
     rest, label = f"head_{len(tap_blocks(depth)) - 1}", "heads"
-    if _is_finetuning(metrics):
+    if "classifier" in metrics[-1]["lr"]:
         rest, label = "classifier", "classifier"
     lines = [line for line in metrics if rest in line["lr"]]
     rates = [line["lr"][rest] for line in lines]

@@ -415,6 +415,26 @@ class RunSchedule:
         return None if all(weight == 1 for weight in weights) else weights
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSchedule(RunSchedule):
+    """A run's schedule with layer-wise decay.
+
+    The classifier follows the cosine; block `depth` has `layer_decay` times its rate, and so on downward
+    (Clark et al., "ELECTRA", ICLR 2020). With FreezeOut, a layer's own rate is multiplied.
+    """
+
+    layer_decay: float
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Return the rate of the classifier and of every layer in the optimizer step number `step`."""
+        rates = {"classifier": self.cosine.learning_rate(step)}
+        for name, rate in super().learning_rates(step).items():
+            if name.startswith("layer_"):
+                layer = int(name.removeprefix("layer_"))
+                rates[name] = rate * self.layer_decay ** (self.depth + 1 - layer)
+        return rates
+
+
 def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]] = ()) -> RunSchedule:
     """Build the schedule of a run from its settings, with all durations converted to steps.
 
@@ -443,13 +463,16 @@ def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Map
             raise config.error("freeze.t_0", f"a larger share, because {error}") from None
     elif freeze.mode == "adaptive":
         adaptive = _build_adaptive(config, steps=steps, events=events)
-    return RunSchedule(
-        depth=size.depth, mode=freeze.mode, layers=layers, adaptive=adaptive, heads_lr=freeze.heads_lr,
-        cls_token=freeze.cls_token, patch_embed=freeze.patch_embed, weight_rows=config.loss.scale_weights,
-        cosine=CosineSchedule(
+    parts: dict[str, Any] = {
+        "depth": size.depth, "mode": freeze.mode, "layers": layers, "adaptive": adaptive, "heads_lr": freeze.heads_lr,
+        "cls_token": freeze.cls_token, "patch_embed": freeze.patch_embed, "weight_rows": config.loss.scale_weights,
+        "cosine": CosineSchedule(
             total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, min_lr=config.optim.min_lr
         ),
-    )  # fmt: skip
+    }  # fmt: skip
+    if config.run.task == "finetune":
+        return FinetuneSchedule(**parts, layer_decay=config.finetune.layer_decay)
+    return RunSchedule(**parts)
 
 
 def _build_adaptive(config: Config, *, steps: StepCounts, events: Iterable[Mapping[str, Any]]) -> AdaptiveFreezing:

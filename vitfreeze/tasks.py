@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from vitfreeze.evaluate.probe import Probe
 from vitfreeze.evaluate.visual import draw_figure, make_panels, to_pixels
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import Pretrained, load_encoder, read_pretrained
-from vitfreeze.schedule import RunSchedule, build_schedule
+from vitfreeze.schedule import RunSchedule
 
 logger = logging.getLogger("vitfreeze")
 SHOWN_IMAGES = 4
@@ -44,9 +43,6 @@ class Task(Protocol):
     config: Config
     transform: Transform | None
     num_classes: int | None
-
-    def build_schedule(self, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]]) -> RunSchedule:
-        """Return learning rates and frozen layers as functions of the step."""
 
     def build_model(self, *, is_new: bool) -> LocalMIM | Classifier:
         """Return the model, with the weights that a new run begins with."""
@@ -87,10 +83,6 @@ class Pretraining:
         self._beginning = read_beginning(config)
         self._probe: Probe | None = None
         self._shown: Tensor | None = None
-
-    def build_schedule(self, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]]) -> RunSchedule:
-        """Return the schedule of the settings."""
-        return build_schedule(self.config, steps_per_epoch=steps_per_epoch, events=events)
 
     def build_model(self, *, is_new: bool) -> LocalMIM:
         """Return a LocalMIM; a new run begins with `model.init_from`, if that is set."""

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from vitfreeze.assembly import build_engine, open_training
 from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
-from vitfreeze.config import Config
+from vitfreeze.config import Config, choose_task
 from vitfreeze.data import Batch
 from vitfreeze.engine import join_processes
 from vitfreeze.planner import fit_micro_batch
 from vitfreeze.report import Meter, Reporter, format_bytes
 from vitfreeze.run import Run
+from vitfreeze.schedule import build_schedule
 from vitfreeze.survival import (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -40,7 +41,7 @@ def pretrain(config: Config, *, fresh: bool = False) -> int:
     Raises:
         ConfigError: a setting cannot be used, or the run folder holds another run.
     """
-    return run_task(Pretraining(config), fresh=fresh)
+    return run_task(Pretraining(choose_task(config, "pretrain")), fresh=fresh)
 
 
 def run_task(task: Task, *, fresh: bool) -> int:
@@ -51,7 +52,7 @@ def run_task(task: Task, *, fresh: bool) -> int:
     with RunFolder(directory, processes=processes):
         start = choose_start(config, directory, fresh=fresh, processes=processes)
         checkpoint, start_step = start.checkpoint, start.step
-        schedule = task.build_schedule(steps_per_epoch=loader.steps_per_epoch, events=start.events)
+        schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=start.events)
         frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.frozen_layers(0)
         model = task.build_model(is_new=checkpoint is None)
         engine = build_engine(config, processes, frozen_layers=frozen_layers, model=model)

@@ -37,7 +37,7 @@ from vitfreeze.doctor.judgement import (
     judge_versions,
 )
 from vitfreeze.doctor.network import compare_clocks, measure_links
-from vitfreeze.planner import ModelCosts, Plan, plan
+from vitfreeze.planner import Plan, costs_of, plan
 
 # Of the rate of large matrix products, what a whole training step of a ViT reaches when it is well tuned.
 STEP_SHARE_OF_PRODUCTS = 0.4
@@ -65,7 +65,7 @@ class Need:
     @property
     def saved_bytes(self) -> float:
         """Bytes of the checkpoints that are kept, and of the one that is being written."""
-        parameters = ModelCosts.from_config(self.config).parameters
+        parameters = costs_of(self.config).parameters
         return (self.config.checkpoint.keep + 1) * parameters * BYTES_SAVED_PER_PARAMETER
 
     @property

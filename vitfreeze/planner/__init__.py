@@ -1,7 +1,7 @@
 """What freezing will save, before training; and what it did save, after."""
 
-from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement
-from vitfreeze.planner.costs import ModelCosts
+from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement, is_comparable
+from vitfreeze.planner.costs import ClassifierCosts, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, read_step_times
 from vitfreeze.planner.prediction import Machine, Plan, Stage, plan
@@ -15,7 +15,9 @@ from vitfreeze.planner.text import (
 )
 
 __all__ = [
+    "ClassifierCosts",
     "Comparison",
+    "EncoderCosts",
     "Machine",
     "ModelCosts",
     "Plan",
@@ -24,11 +26,13 @@ __all__ = [
     "Target",
     "compare_run",
     "compare_with_measurement",
+    "costs_of",
     "fit_micro_batch",
     "format_comparison",
     "format_plan",
     "format_plans_side_by_side",
     "format_targets",
+    "is_comparable",
     "plan",
     "read_step_times",
     "scaling_efficiency",

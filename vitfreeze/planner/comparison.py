@@ -55,7 +55,7 @@ def compare_with_measurement(
         covered[frozen] = covered.get(frozen, 0) + line["step"] - previous
         lines.setdefault(frozen, []).append(line)
         previous = line["step"]
-    if 0 not in lines:
+    if not is_comparable(metrics):
         raise ValueError("the metrics hold no step before the first freeze, so there is no speed to compare with")
     start = median([line["images_per_second"] for line in _settled(lines[0])])
     by_prefix = {stage.frozen_layers: stage for stage in plan.stages}
@@ -93,6 +93,11 @@ def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: i
 
 def _settled(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return lines[1:] if len(lines) > 1 else lines
+
+
+def is_comparable(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether there is a speed to compare with: a run that went on from elsewhere may begin frozen."""
+    return any(line["frozen_layers"] == 0 for line in metrics)
 
 
 def compare_run(

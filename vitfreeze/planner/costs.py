@@ -1,15 +1,17 @@
 """What one step costs when a prefix is frozen, in closed form: operations, parameters, bytes. No torch.
 
 Operations are counted as torch's FlopCounterMode does: two for each multiply-add of a matrix product, nothing
-for elementwise work. All figures are per image unless a name says otherwise. What is counted is this package's
-LocalMIM: only visible patches are embedded and encoded, and the last block of a decoder computes only the tokens
-that the loss reads.
+for elementwise work. All figures are per image unless a name says otherwise. What is counted are this package's
+LocalMIM, which embeds and encodes visible patches only and whose decoders compute in their last block only the tokens
+that the loss reads; and its classifier for fine-tuning.
 
 Letters in the formulas: V visible patches, L patches, D width of the encoder, W width of a decoder.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,8 +95,8 @@ def _block_kept(tokens: int, width: int, mlp_ratio: float, *, heads: int) -> Kep
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCosts:
-    """Operations, parameters and bytes of one LocalMIM as functions of the length of the frozen prefix.
+class EncoderCosts(ABC):
+    """Operations, parameters and bytes of an encoder and its heads as functions of the length of the frozen prefix.
 
     `freeze_cls_token` and `freeze_patch_embed` say whether these freeze with layer 0; if one does not, the
     backward pass runs through the whole prefix to reach it.
@@ -102,11 +104,145 @@ class ModelCosts:
 
     size: ModelSize
     img_size: int
-    mask_ratio: float
-    hog_nbins: int
     freeze_cls_token: bool = True
     freeze_patch_embed: bool = True
     activation_checkpointing: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.img_size // self.size.patch_size) ** 2
+
+    @property
+    @abstractmethod
+    def num_encoded(self) -> int:
+        """Patches that the encoder sees."""
+
+    @abstractmethod
+    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
+        """Return the indices of LocalMIM's heads that still train."""
+
+    @abstractmethod
+    def head_products(self, frozen_layers: int) -> Sequence[Product]:
+        """Return the products of everything behind the encoder that still trains."""
+
+    @abstractmethod
+    def heads_kept(self, frozen_layers: int) -> Kept:
+        """Return what autograd keeps of everything behind the encoder."""
+
+    @property
+    @abstractmethod
+    def group_parameters(self) -> dict[str, int]:
+        """Number of parameters of every optimizer group: '<unit>.decay' and '<unit>.no_decay'."""
+
+    # Operations ------------------------------------------------------------------------------------------------------
+
+    def embedding(self) -> Product:
+        """Products of the patch embedding, of encoded patches only."""
+        return Product(linear=_linear(self.num_encoded, 3 * self.size.patch_size**2, self.size.embed_dim))
+
+    def block(self) -> Product:
+        """Products of one block of the encoder."""
+        return _block(self.num_encoded + 1, self.size.embed_dim, self.size.mlp_ratio)
+
+    def goes_through_prefix(self, frozen_layers: int) -> bool:
+        """Say whether the backward pass runs through the frozen blocks, to what does not freeze below them."""
+        return frozen_layers > 0 and not (self.freeze_cls_token and self.freeze_patch_embed)
+
+    def forward_flops(self, frozen_layers: int) -> float:
+        """Return the operations of the forward pass: the whole encoder, and the heads that are left."""
+        heads = sum(head.forward for head in self.head_products(frozen_layers))
+        return self.embedding().forward + self.size.depth * self.block().forward + heads
+
+    def backward_flops(self, frozen_layers: int) -> float:
+        """Return the operations of the backward pass, with those of recomputed activations."""
+        frozen_blocks = max(frozen_layers - 1, 0)
+        active_blocks = self.size.depth - frozen_blocks
+        total = sum(head.backward for head in self.head_products(frozen_layers))
+        total += active_blocks * self.block().backward
+        if frozen_layers == 0 or not self.freeze_patch_embed:
+            total += self.embedding().linear  # gradients of the weights; pixels need none
+        if self.goes_through_prefix(frozen_layers):
+            total += frozen_blocks * self.block().backward_to_input
+        if self.activation_checkpointing:
+            total += active_blocks * (self.block().forward - self._last_product_of_block())
+        return total
+
+    def _last_product_of_block(self) -> float:
+        """Operations of a block's last product, whose output nothing in the block keeps: recomputing stops before."""
+        width = self.size.embed_dim
+        return _linear(self.num_encoded + 1, int(width * self.size.mlp_ratio), width)
+
+    def step_flops(self, frozen_layers: int) -> float:
+        """Return the operations of forward and backward pass together."""
+        return self.forward_flops(frozen_layers) + self.backward_flops(frozen_layers)
+
+    # Activations kept for the backward pass ---------------------------------------------------------------------------
+
+    def activation_bytes(self, frozen_layers: int, *, precision: str) -> float:
+        """Return the bytes that autograd keeps per image: inputs of products, norms, nonlinearities and losses.
+
+        With activation checkpointing it is the inputs of the active blocks and all of one block. Temporary
+        buffers, such as those of the HOG targets, are not counted.
+        """
+        kept = self._embedding_kept(frozen_layers) + self._encoder_kept(frozen_layers) + self.heads_kept(frozen_layers)
+        return kept.bytes(precision)
+
+    def _embedding_kept(self, frozen_layers: int) -> Kept:
+        trained = frozen_layers == 0 or not self.freeze_patch_embed
+        return Kept(numbers=trained * self.num_encoded * 3.0 * self.size.patch_size**2)
+
+    def _encoder_kept(self, frozen_layers: int) -> Kept:
+        size, tokens = self.size, self.num_encoded + 1
+        block = _block_kept(tokens, size.embed_dim, size.mlp_ratio, heads=size.num_heads)
+        frozen_blocks = max(frozen_layers - 1, 0)
+        active_blocks = size.depth - frozen_blocks
+        if self.activation_checkpointing:
+            kept = Kept(numbers=active_blocks * tokens * size.embed_dim) + block
+        else:
+            kept = block * active_blocks
+        if self.goes_through_prefix(frozen_layers):
+            # No gradients of weights, so no inputs of products: qkv, proj (held by attention), fc1, fc2.
+            inputs = (2 + size.mlp_ratio) * tokens * size.embed_dim
+            kept += (block + Kept(numbers=-inputs)) * frozen_blocks
+        return kept
+
+    # Parameters ------------------------------------------------------------------------------------------------------
+
+    def block_parameters(self) -> dict[str, int]:
+        """Return the groups of the blocks and their parameters."""
+        decay, no_decay = _block_parameters(self.size.embed_dim, self.size.mlp_ratio)
+        layers = range(1, self.size.depth + 1)
+        return {
+            f"layer_{n:02d}.{kind}": count for n in layers for kind, count in (("decay", decay), ("no_decay", no_decay))
+        }
+
+    def trained_groups(self, frozen_layers: int) -> dict[str, int]:
+        """Return the groups that still train and their parameters."""
+        units = freeze_units(self.size.depth, cls_token=self.freeze_cls_token, patch_embed=self.freeze_patch_embed)
+        gone = {unit.name for unit in units if unit.leaves_with is not None and unit.leaves_with < frozen_layers}
+        return {name: count for name, count in self.group_parameters.items() if name.partition(".")[0] not in gone}
+
+    def trainable_parameters(self, frozen_layers: int) -> int:
+        """Return the number of parameters that still train."""
+        return sum(self.trained_groups(frozen_layers).values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of all parameters, heads included."""
+        return sum(self.group_parameters.values())
+
+    def weight_bytes(self, precision: str) -> int:
+        """Return the bytes of the weights as the model computes with them, and of what it keeps beside them."""
+        return self.parameters * BYTES_OF_PRECISION[precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCosts(EncoderCosts):
+    """The costs of LocalMIM."""
+
+    mask_ratio: float
+    hog_nbins: int
 
     @classmethod
     def from_config(cls, config: Config) -> ModelCosts:
@@ -119,13 +255,8 @@ class ModelCosts:
         )  # fmt: skip
 
     @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return (self.img_size // self.size.patch_size) ** 2
-
-    @property
-    def num_visible(self) -> int:
-        """Patches that the encoder sees."""
+    def num_encoded(self) -> int:
+        """Patches that stay visible."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @property
@@ -133,21 +264,11 @@ class ModelCosts:
         """Elementwise operations of the HOG targets, which are no part of the counted ones."""
         return HOG_OPERATIONS_PER_PIXEL * 3.0 * self.img_size**2
 
-    # Operations ------------------------------------------------------------------------------------------------------
-
-    def embedding(self) -> Product:
-        """Products of the patch embedding, of visible patches only."""
-        return Product(linear=_linear(self.num_visible, 3 * self.size.patch_size**2, self.size.embed_dim))
-
-    def block(self) -> Product:
-        """Products of one block of the encoder."""
-        return _block(self.num_visible + 1, self.size.embed_dim, self.size.mlp_ratio)
-
     def head(self, head: int) -> Product:
         """Products of one head: embedding, decoder blocks, prediction."""
         size, scale, tokens, outputs = self.size, HEAD_SCALES[head], self.num_patches + 1, 3 * self.hog_nbins
-        width, masked = size.decoder_embed_dim, self.num_patches - self.num_visible
-        total = Product(linear=_linear(self.num_visible + 1, size.embed_dim, width))
+        width, masked = size.decoder_embed_dim, self.num_patches - self.num_encoded
+        total = Product(linear=_linear(self.num_encoded + 1, size.embed_dim, width))
         for _ in range(size.decoder_depth - 1):
             total += _block(tokens, width, size.mlp_ratio)
         read = masked if scale >= 1 else self.num_patches
@@ -165,74 +286,21 @@ class ModelCosts:
         """Return the indices of the heads that still train."""
         return active_heads(frozen_layers, depth=self.size.depth)
 
-    def goes_through_prefix(self, frozen_layers: int) -> bool:
-        """Say whether the backward pass runs through the frozen blocks, to what does not freeze below them."""
-        return frozen_layers > 0 and not (self.freeze_cls_token and self.freeze_patch_embed)
+    def head_products(self, frozen_layers: int) -> Sequence[Product]:
+        """Return the products of the heads that still train."""
+        return [self.head(head) for head in self.heads_left(frozen_layers)]
 
-    def forward_flops(self, frozen_layers: int) -> float:
-        """Return the operations of the forward pass: the whole encoder, and the heads that are left."""
-        heads = sum(self.head(head).forward for head in self.heads_left(frozen_layers))
-        return self.embedding().forward + self.size.depth * self.block().forward + heads
-
-    def backward_flops(self, frozen_layers: int) -> float:
-        """Return the operations of the backward pass, with those of recomputed activations."""
-        frozen_blocks = max(frozen_layers - 1, 0)
-        active_blocks = self.size.depth - frozen_blocks
-        total = sum(self.head(head).backward for head in self.heads_left(frozen_layers))
-        total += active_blocks * self.block().backward
-        if frozen_layers == 0 or not self.freeze_patch_embed:
-            total += self.embedding().linear  # gradients of the weights; pixels need none
-        if self.goes_through_prefix(frozen_layers):
-            total += frozen_blocks * self.block().backward_to_input
-        if self.activation_checkpointing:
-            total += active_blocks * (self.block().forward - self._last_product_of_block())
-        return total
-
-    def _last_product_of_block(self) -> float:
-        """Operations of a block's last product, whose output nothing in the block keeps: recomputing stops before."""
-        width = self.size.embed_dim
-        return _linear(self.num_visible + 1, int(width * self.size.mlp_ratio), width)
-
-    def step_flops(self, frozen_layers: int) -> float:
-        """Return the operations of forward and backward pass together."""
-        return self.forward_flops(frozen_layers) + self.backward_flops(frozen_layers)
-
-    # Activations kept for the backward pass ---------------------------------------------------------------------------
-
-    def activation_bytes(self, frozen_layers: int, *, precision: str) -> float:
-        """Return the bytes that autograd keeps per image: inputs of products, norms, nonlinearities and losses.
-
-        With activation checkpointing it is the inputs of the active blocks and all of one block. Temporary
-        buffers, such as those of the HOG targets, are not counted.
-        """
-        kept = self._embedding_kept(frozen_layers) + self._encoder_kept(frozen_layers)
+    def heads_kept(self, frozen_layers: int) -> Kept:
+        """Return what autograd keeps of the heads that still train."""
+        kept = Kept()
         for head in self.heads_left(frozen_layers):
             kept += self._head_kept(head)
-        return kept.bytes(precision)
-
-    def _embedding_kept(self, frozen_layers: int) -> Kept:
-        trained = frozen_layers == 0 or not self.freeze_patch_embed
-        return Kept(numbers=trained * self.num_visible * 3.0 * self.size.patch_size**2)
-
-    def _encoder_kept(self, frozen_layers: int) -> Kept:
-        size, tokens = self.size, self.num_visible + 1
-        block = _block_kept(tokens, size.embed_dim, size.mlp_ratio, heads=size.num_heads)
-        frozen_blocks = max(frozen_layers - 1, 0)
-        active_blocks = size.depth - frozen_blocks
-        if self.activation_checkpointing:
-            kept = Kept(numbers=active_blocks * tokens * size.embed_dim) + block
-        else:
-            kept = block * active_blocks
-        if self.goes_through_prefix(frozen_layers):
-            # No gradients of weights, so no inputs of products: qkv, proj (held by attention), fc1, fc2.
-            inputs = (2 + size.mlp_ratio) * tokens * size.embed_dim
-            kept += (block + Kept(numbers=-inputs)) * frozen_blocks
         return kept
 
     def _head_kept(self, head: int) -> Kept:
         size, scale, outputs = self.size, HEAD_SCALES[head], 3 * self.hog_nbins
-        tokens, visible, width = self.num_patches + 1, self.num_visible + 1, size.decoder_embed_dim
-        read = self.num_patches - self.num_visible if scale >= 1 else self.num_patches
+        tokens, visible, width = self.num_patches + 1, self.num_encoded + 1, size.decoder_embed_dim
+        read = self.num_patches - self.num_encoded if scale >= 1 else self.num_patches
         # The tap itself is the input of the next block, which keeps it already; the last block has no next.
         taps = 2 if tap_blocks(size.depth)[head] == size.depth else 1
         kept = Kept(numbers=taps * visible * size.embed_dim, float32=2.0 * visible)
@@ -255,17 +323,13 @@ class ModelCosts:
             kept += Kept(numbers=3 * 4 * read * (width // 2), float32=2 * 4 * read)
         return kept
 
-    # Parameters ------------------------------------------------------------------------------------------------------
-
     @cached_property
     def group_parameters(self) -> dict[str, int]:
         """Number of parameters of every optimizer group: '<unit>.decay' and '<unit>.no_decay'."""
         size = self.size
-        decay, no_decay = _block_parameters(size.embed_dim, size.mlp_ratio)
         groups = {"patch_embed.decay": 3 * size.patch_size**2 * size.embed_dim, "patch_embed.no_decay": size.embed_dim}
         groups["cls_token.decay"] = size.embed_dim
-        for layer in range(1, size.depth + 1):
-            groups |= {f"layer_{layer:02d}.decay": decay, f"layer_{layer:02d}.no_decay": no_decay}
+        groups |= self.block_parameters()
         for head in range(len(HEAD_SCALES)):
             decay, no_decay = self._head_parameters(HEAD_SCALES[head])
             groups |= {f"head_{head}.decay": decay, f"head_{head}.no_decay": no_decay}
@@ -293,22 +357,64 @@ class ModelCosts:
             no_decay += outputs
         return decay, no_decay
 
-    def trained_groups(self, frozen_layers: int) -> dict[str, int]:
-        """Return the groups that still train and their parameters."""
-        units = freeze_units(self.size.depth, cls_token=self.freeze_cls_token, patch_embed=self.freeze_patch_embed)
-        left = {unit.name for unit in units if unit.leaves_with is None or unit.leaves_with >= frozen_layers}
-        return {name: count for name, count in self.group_parameters.items() if name.partition(".")[0] in left}
-
-    def trainable_parameters(self, frozen_layers: int) -> int:
-        """Return the number of parameters that still train."""
-        return sum(self.trained_groups(frozen_layers).values())
-
-    @property
-    def parameters(self) -> int:
-        """Number of all parameters, heads included."""
-        return sum(self.group_parameters.values())
-
     @property
     def encoder_parameters(self) -> int:
         """Number of the encoder's parameters, class token included."""
         return sum(count for name, count in self.group_parameters.items() if not name.startswith("head_"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierCosts(EncoderCosts):
+    """The costs of fine-tuning: no patch is hidden, the positions train, and behind the encoder is one linear layer."""
+
+    num_classes: int
+    global_pool: str = "avg"
+    keeps_average: bool = False  # of the weights, in float32
+
+    @classmethod
+    def from_config(cls, config: Config) -> ClassifierCosts:
+        """Build the costs of the model of a run."""
+        return cls(
+            size=config.model.resolve(), img_size=config.model.img_size, num_classes=config.finetune.num_classes,
+            global_pool=config.finetune.global_pool, keeps_average=config.finetune.model_ema_decay > 0,
+            activation_checkpointing=config.model.activation_checkpointing,
+        )  # fmt: skip
+
+    @property
+    def num_encoded(self) -> int:
+        """All patches."""
+        return self.num_patches
+
+    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
+        """Return nothing: a classifier has none of LocalMIM's heads."""
+        return ()
+
+    def head_products(self, frozen_layers: int) -> Sequence[Product]:
+        """Return the product of the classifier."""
+        return (Product(linear=_linear(1, self.size.embed_dim, self.num_classes)),)
+
+    def heads_kept(self, frozen_layers: int) -> Kept:
+        """Return what autograd keeps of norm, classifier and loss; the norm is that of one token or of all."""
+        tokens = 1 if self.global_pool == "avg" else self.num_patches + 1
+        return Kept(numbers=2.0 * tokens * self.size.embed_dim, float32=2.0 * tokens + 2.0 * self.num_classes)
+
+    @cached_property
+    def group_parameters(self) -> dict[str, int]:
+        """Number of parameters of every optimizer group; class token and positions are not decayed (MAE)."""
+        size, width = self.size, self.size.embed_dim
+        groups = {
+            "classifier.decay": self.num_classes * width,
+            "classifier.no_decay": self.num_classes + 2 * width,
+            "layer_00.decay": 3 * size.patch_size**2 * width,
+            "layer_00.no_decay": (2 + self.num_patches + 1) * width,
+        }
+        return groups | self.block_parameters()
+
+    def weight_bytes(self, precision: str) -> int:
+        """Return the bytes of the weights, and of their average if there is one."""
+        return super().weight_bytes(precision) + (4 * self.parameters if self.keeps_average else 0)
+
+
+def costs_of(config: Config) -> EncoderCosts:
+    """Return the costs of the model that a run trains: LocalMIM, or a classifier."""
+    return ClassifierCosts.from_config(config) if config.run.task == "finetune" else ModelCosts.from_config(config)

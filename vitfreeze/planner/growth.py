@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitfreeze.config import Config, derive_accumulation
-from vitfreeze.planner.costs import ModelCosts
+from vitfreeze.planner.costs import costs_of
 
 
 def fit_micro_batch(config: Config, *, world_size: int, frozen_layers: int, precision: str) -> tuple[int, int]:
@@ -19,7 +19,7 @@ def fit_micro_batch(config: Config, *, world_size: int, frozen_layers: int, prec
     micro, accumulation = derive_accumulation(config, world_size=world_size)
     if not config.batch.grow_micro_batch:
         return micro, accumulation
-    costs = ModelCosts.from_config(config)
+    costs = costs_of(config)
     room = costs.activation_bytes(0, precision=precision) / costs.activation_bytes(frozen_layers, precision=precision)
     factor = max(factor for factor in range(1, accumulation + 1) if accumulation % factor == 0 and factor <= room)
     return micro * factor, accumulation // factor

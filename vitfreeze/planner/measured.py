@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitfreeze.config import ConfigError
-from vitfreeze.planner.costs import ModelCosts
+from vitfreeze.planner.costs import EncoderCosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class StepTimes:
         """Milliseconds per image before anything is frozen."""
         return self.step_ms[0] / self.images
 
-    def relative_cost(self, frozen_layers: int, *, costs: ModelCosts) -> float:
+    def relative_cost(self, frozen_layers: int, *, costs: EncoderCosts) -> float:
         """Return the cost of a step relative to the start.
 
         Between measured prefixes the measured cost falls as the counted operations do; beyond the last one it keeps

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitfreeze.config import Config, ConfigError, derive_accumulation, find_ds_config
-from vitfreeze.planner.costs import BYTES_OF_PRECISION, ModelCosts
+from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.measured import StepTimes
 from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
 from vitfreeze.schedule import RunSchedule, build_schedule
@@ -159,11 +159,13 @@ def plan(
     for name, value in (("the sustained TFLOP/s", teraflops), ("the bandwidth in GB/s", bandwidth_gigabytes)):
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value}, but it must be a number above 0")
+    if times is not None and config.run.task == "finetune":
+        raise ConfigError("measured steps are those of pre-training, and this recipe is for fine-tuning")
     if steps_per_epoch is None:
         steps_per_epoch = count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
     schedule = build_schedule(config, steps_per_epoch=steps_per_epoch, events=events)
     return _Planner(
-        config=config, schedule=schedule, costs=ModelCosts.from_config(config), times=times, teraflops=teraflops,
+        config=config, schedule=schedule, costs=costs_of(config), times=times, teraflops=teraflops,
         machine=read_machine(config, world_size=world_size), bandwidth_gigabytes=bandwidth_gigabytes,
     ).build(images_per_epoch=images_per_epoch, steps_per_epoch=steps_per_epoch)  # fmt: skip
 
@@ -174,7 +176,7 @@ class _Planner:
 
     config: Config
     schedule: RunSchedule
-    costs: ModelCosts
+    costs: EncoderCosts
     machine: Machine
     times: StepTimes | None
     teraflops: float
@@ -223,7 +225,7 @@ class _Planner:
         sent = self.bytes_sent(gradients, trained)
         activations = micro * costs.activation_bytes(frozen, precision=machine.precision)
         kept = trained * machine.gradient_bytes_per_parameter // (parts if machine.zero_stage == 2 else 1)
-        weights = costs.parameters * BYTES_OF_PRECISION[machine.precision]
+        weights = costs.weight_bytes(machine.precision)
         cost, step_ms = self.step_time(frozen)
         return Stage(
             first_step=first, end_step=end, epoch=first / steps_per_epoch,
@@ -271,11 +273,13 @@ class _Planner:
         if freeze.mode == "schedule" and not (freeze.cls_token and freeze.patch_embed):
             kept = [name for name in ("cls_token", "patch_embed") if not getattr(freeze, name)]
             notes.append(f"{' and '.join(kept)} never frozen, so the backward pass runs through the frozen blocks")
-        if self.times is None:
+        if self.times is None and isinstance(costs, ModelCosts):
             notes.append(
                 f"not counted: HOG targets ({costs.hog_operations / 1e6:.1f} M elementwise operations an image), "
                 "norms, the optimizer, data; measure them with `vitfreeze bench step --json`"
             )
+        elif self.times is None:
+            notes.append("not counted: norms, the optimizer, data, validation")
         return tuple(notes)
 
 

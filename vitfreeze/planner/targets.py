@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vitfreeze.config import Config, ConfigError
-from vitfreeze.planner.costs import ModelCosts
+from vitfreeze.planner.costs import costs_of
 from vitfreeze.planner.measured import StepTimes
 from vitfreeze.schedule import POWERS, FreezeSchedule, build_schedule
 
@@ -41,10 +41,14 @@ AUTHORS_WITHOUT_FREEZING = AuthorsResult(how="off", t_0=1.0, scale_lr=True, top1
 
 def describe_authors(config: Config) -> str:
     """Return what the authors measured with the settings of a run, or near them; empty if it is not their model."""
-    if config.model.size != AUTHORS_MODEL or config.freeze.mode == "adaptive":
+    if not _is_authors_model(config) or config.freeze.mode == "adaptive":
         return ""
     t_0 = 1.0 if config.freeze.mode == "off" else config.freeze.t_0
     return find_authors_results(config.freeze.how, t_0=t_0, scale_lr=config.freeze.scale_lr)
+
+
+def _is_authors_model(config: Config) -> bool:
+    return config.model.size == AUTHORS_MODEL and config.run.task == "pretrain"
 
 
 def find_authors_results(how: str, *, t_0: float, scale_lr: bool) -> str:
@@ -104,7 +108,7 @@ def solve_targets(
     if not 0 < target_saving < 1:
         raise ConfigError(f"the target saving is {target_saving}, but it must lie strictly between 0 and 1")
     per_epoch = steps_per_epoch or count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
-    schedule, costs = build_schedule(config, steps_per_epoch=per_epoch), ModelCosts.from_config(config)
+    schedule, costs = build_schedule(config, steps_per_epoch=per_epoch), costs_of(config)
     relative = [
         times.relative_cost(k, costs=costs) if times else costs.step_flops(k) / costs.step_flops(0)
         for k in range(costs.size.depth + 1)
@@ -139,6 +143,5 @@ def _solve(config: Config, how: str, target: float, saving_at: Callable[[str, in
         middle = (low + high) // 2
         low, high = (middle, high) if saving_at(how, middle) >= target else (low, middle)
     t_0 = low / 10_000
-    known = config.model.size == AUTHORS_MODEL
-    authors = find_authors_results(how, t_0=t_0, scale_lr=config.freeze.scale_lr) if known else ""
+    authors = find_authors_results(how, t_0=t_0, scale_lr=config.freeze.scale_lr) if _is_authors_model(config) else ""
     return Target(how=how, t_0=t_0, saving=saving_at(how, low), reachable=reachable, authors=authors)
