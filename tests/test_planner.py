@@ -21,6 +21,7 @@ from vitfreeze.planner import (
     ModelCosts,
     StepTimes,
     compare_with_measurement,
+    format_bytes,
     format_comparison,
     format_plan,
     format_plans_side_by_side,
@@ -56,6 +57,13 @@ def build_model(costs: ModelCosts) -> LocalMIM:
         freeze_patch_embed=costs.freeze_patch_embed,
         activation_checkpointing=costs.activation_checkpointing,
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (3 * 2**30, "3.00 GiB"), (2**41, "2.00 TiB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
 
 
 # Against the real model ----------------------------------------------------------------------------------------------

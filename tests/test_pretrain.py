@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vitfreeze import cli
 from vitfreeze.architecture import active_heads
 from vitfreeze.config import load_config
+from vitfreeze.planner import ModelCosts
 from vitfreeze.schedule import build_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +121,10 @@ def test_metrics_and_tensorboard_tell_the_same(job: tuple[Path, subprocess.Compl
         assert line["loss"] == pytest.approx(sum(line["losses"].values()), rel=1e-5)
     assert {"epoch", "lr", "frozen_layers", "images_per_second", "data_wait_fraction", "optimizer_state_bytes",
             "gradient_elements", "loss_scale"} <= set(lines[0])  # fmt: skip
+    costs = ModelCosts.from_config(load_config(run_dir / "config.yaml"))
+    for line in lines:
+        per_rank = line["images_per_second"] / line["world_size"] * costs.step_flops(line["frozen_layers"])
+        assert line["teraflops"] == pytest.approx(per_rank / 1e12)
     board = EventAccumulator(str(run_dir / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]

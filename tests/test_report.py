@@ -13,7 +13,7 @@ from vitfreeze.report import (
     Reporter,
     WaitWatch,
     flatten_numbers,
-    format_bytes,
+    peak_teraflops,
     read_json_lines,
     trim_json_lines,
 )
@@ -78,7 +78,11 @@ def test_numbers_in_nested_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (3 * 2**30, "3.00 GiB"), (2**41, "2.00 TiB")]
+    ("name", "peak"),
+    [("Tesla V100-SXM2-32GB", 125), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("GeForce", None)],
 )
-def test_sizes(count: float, text: str) -> None:
-    assert format_bytes(count) == text
+def test_peak_of_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_teraflops(torch.device("cuda"), precision="fp16") == peak
+    assert peak_teraflops(torch.device("cuda"), precision="fp32") is None
+    assert peak_teraflops(torch.device("cpu"), precision="bf16") is None

@@ -14,9 +14,9 @@ from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run
 from vitfreeze.model import LocalMIM
-from vitfreeze.planner import compare_run, format_comparison, is_comparable
+from vitfreeze.planner import compare_run, format_bytes, format_comparison, is_comparable
 from vitfreeze.plots import plot_run
-from vitfreeze.report import format_bytes, format_closing_table, read_json_lines
+from vitfreeze.report import format_closing_table, read_json_lines
 
 logger = logging.getLogger("vitfreeze")
 

@@ -25,6 +25,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 logger = logging.getLogger("vitfreeze")
 
 
+# Dense 16-bit products on tensor cores, 1e12 operations a second, by words in the GPU's name (NVIDIA's data sheets).
+_PEAK_TERAFLOPS = (("H100 PCIe", 756), ("H100", 989), ("H200", 989), ("A100", 312), ("V100", 125))
+
+
+def peak_teraflops(device: torch.device, *, precision: str) -> float | None:
+    """Return what a device could do at most in fp16 or bf16; None where that is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for words, peak in _PEAK_TERAFLOPS if words in name), None)
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file; a last line that a kill cut short is left out. No file: no objects."""
     if not path.is_file():
@@ -258,15 +270,6 @@ def flatten_numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tu
             yield from flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield f"{prefix}{name}", float(value)
-
-
-def format_bytes(count: float) -> str:
-    """Return a size as people say it: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 def format_closing_table(rows: Sequence[tuple[str, str, str, str]]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, Duration
 from vitfreeze.data import TrainLoader, merge_reports
 from vitfreeze.engine import FreezingEngine
-from vitfreeze.report import Meter, Reporter, WaitWatch
+from vitfreeze.planner import EncoderCosts, costs_of
+from vitfreeze.report import Meter, Reporter, WaitWatch, peak_teraflops
 from vitfreeze.schedule import RunSchedule
 from vitfreeze.tasks import Task
 
@@ -34,26 +36,44 @@ class Run:
         steps = every.to_steps(steps_per_epoch=self.loader.steps_per_epoch, total_steps=total_steps)
         return every.value > 0 and (done % max(steps, 1) == 0 or done == total_steps)
 
+    @cached_property
+    def _costs(self) -> EncoderCosts:
+        """What the model asks for; operations that recomputing adds are no use of the device."""
+        return replace(costs_of(self.config), activation_checkpointing=False)
+
+    def _measure_use(self, images_per_second: float, *, frozen_layers: int) -> dict[str, float]:
+        """Return the operations per second of a rank in 1e12, and, if the GPU is known, their share of its peak (MFU).
+
+        Source: Chowdhery et al., "PaLM", 2022, appendix B; only operations that the frozen prefix leaves count.
+        """
+        engine = self.engine
+        teraflops = images_per_second * self._costs.step_flops(frozen_layers) / engine.world_size / 1e12
+        peak = peak_teraflops(engine.device, precision=engine.settings.precision)
+        return {"teraflops": teraflops} | ({"mfu": teraflops / peak} if peak else {})
+
     def log_metrics(self, step: int, *, evaluate: bool) -> None:
         """Write what the last steps measured, and what the model is worth; every rank takes part, rank 0 writes."""
         engine = self.engine
         figures = self.meter.read(engine.mean_over_ranks)
-        if evaluate and (worth := self.task.evaluate(engine)):
-            figures["eval"] = worth
+        if evaluate:
+            if worth := self.task.evaluate(engine):
+                figures["eval"] = worth
+            self.meter.restart()  # so that its time is not charged to the steps
         self._warn_of_waiting(figures, step)
+        frozen_layers = self.schedule.frozen_layers(step)
         self.reporter.log_metrics(
             step + 1,
             epoch=(step + 1) / self.loader.steps_per_epoch,
             **figures,
+            **self._measure_use(figures["images_per_second"], frozen_layers=frozen_layers),
             lr=self.schedule.learning_rates(step),
-            frozen_layers=self.schedule.frozen_layers(step),
+            frozen_layers=frozen_layers,
             optimizer_state_bytes=engine.optimizer_state_bytes(),
             gradient_elements=engine.gradient_elements(),
             loss_scale=engine.loss_scale,
             skipped_steps=engine.skipped_steps,
             world_size=engine.world_size,
         )
-        self.meter.restart()
 
     def _warn_of_waiting(self, figures: dict[str, Any], step: int) -> None:
         """Say once, when training keeps waiting for data, how many workers would cure it."""

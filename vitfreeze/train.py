@@ -16,8 +16,8 @@ from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_s
 from vitfreeze.config import Config, choose_task
 from vitfreeze.data import Batch
 from vitfreeze.engine import join_processes
-from vitfreeze.planner import fit_micro_batch
-from vitfreeze.report import Meter, Reporter, format_bytes
+from vitfreeze.planner import fit_micro_batch, format_bytes
+from vitfreeze.report import Meter, Reporter
 from vitfreeze.run import Run
 from vitfreeze.schedule import build_schedule
 from vitfreeze.survival import (

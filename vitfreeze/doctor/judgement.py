@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vitfreeze.cluster import describe_ranks, group_ranks
 from vitfreeze.doctor.facts import RankFacts, is_built_for
 from vitfreeze.doctor.findings import Finding
-from vitfreeze.report import format_bytes
+from vitfreeze.planner import format_bytes
 
 MAX_CLOCK_SKEW_SECONDS = 1.0
 # A rank below this share of the fastest one holds the others up at every step.

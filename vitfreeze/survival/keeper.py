@@ -16,7 +16,8 @@ from torch import Tensor
 from vitfreeze.checkpoint import ADAPTIVE_CHECKS, CheckpointWriter, SaveReport, SaveSchedule, Start
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
-from vitfreeze.report import Meter, Reporter, format_bytes
+from vitfreeze.planner import format_bytes
+from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import RunSchedule
 from vitfreeze.survival.losses import LossGuard, RunFailedError
 from vitfreeze.survival.signals import StopSignals
