@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import deepspeed
@@ -62,7 +64,9 @@ def join_processes() -> Processes:
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    with redirect_stdout(io.StringIO()) as said:  # stdout is for a command's findings; DeepSpeed names a kernel there
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    log.debug("DeepSpeed said: %s", said.getvalue())
     del meeting
     return Processes(
         rank=torch.distributed.get_rank(),
