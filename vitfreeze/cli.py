@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher passes this to its programs; the LOCAL_RANK variable says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_pretrain(commands)
-    _add_finetune(commands)
+    _add_training(commands, "pretrain", help="pre-train; in a folder with checkpoints, go on from the newest")
+    _add_training(commands, "finetune", help="fine-tune an encoder as a classifier; goes on as pretrain does")
     _add_knn(commands)
     _add_linear(commands)
     _add_export(commands)
@@ -93,32 +93,20 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
 
 
-def _add_pretrain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("pretrain", help="pre-train; in a folder with checkpoints, go on from the newest")
+def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser], task: str, *, help: str) -> None:
+    parser = commands.add_parser(task, help=help)
     _add_recipe(parser)
     parser.add_argument("--fresh", action="store_true", help="start a new run; refuse a folder that holds one")
-    parser.set_defaults(handler=_pretrain)
+    parser.set_defaults(handler=_train)
 
 
-def _pretrain(parsed: argparse.Namespace) -> int:
-    from vitfreeze.config import load_config
-    from vitfreeze.train import pretrain
-
-    return pretrain(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)
-
-
-def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("finetune", help="fine-tune an encoder as a classifier; goes on as pretrain does")
-    _add_recipe(parser)
-    parser.add_argument("--fresh", action="store_true", help="start a new run; refuse a folder that holds one")
-    parser.set_defaults(handler=_finetune)
-
-
-def _finetune(parsed: argparse.Namespace) -> int:
+def _train(parsed: argparse.Namespace) -> int:
     from vitfreeze.config import load_config
     from vitfreeze.finetune import finetune
+    from vitfreeze.train import pretrain
 
-    return finetune(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)
+    train = {"pretrain": pretrain, "finetune": finetune}[parsed.command]
+    return train(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def export_run(place: str | Path, *, to: str, out: str | Path | None = None) -> 
     elif to == "safetensors":
         _save_atomically(weights, target, metadata=metadata)
     else:
-        torch.save({"model": weights}, target)
+        with _replacing(target) as temporary:
+            torch.save({"model": weights}, temporary)
     card = folder / "README.md" if folder == target else target.with_suffix(".md")
     card.write_text(write_model_card(pretrained, to=to, target=target), encoding="utf-8")
     return target
@@ -298,10 +300,20 @@ def _default_target(pretrained: Pretrained, *, to: str) -> Path:
     return parent / {"timm": "timm", "hf": "hf", "safetensors": "encoder.safetensors", "torch": "encoder.pth"}[to]
 
 
-def _save_atomically(weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what was written takes the place of `path` at once, when it is whole."""
     temporary = path.with_name(f".{path.name}.new")
-    save_file(dict(weights), temporary, metadata=dict(metadata))
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_atomically(weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+    with _replacing(path) as temporary:
+        save_file(dict(weights), temporary, metadata=dict(metadata))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -187,7 +187,7 @@ def examine_files(
     elif not config.data.train:
         shards = Finding(check="shards", fit=False, found="the recipe names none", cure="data.train=FOLDER")
     else:
-        answers = meeting.gather(asdict(read_shards(config, need, meeting.place, seconds=seconds)))
+        answers = meeting.gather(asdict(read_shards(config, meeting.place, seconds=seconds)))
         shards = judge_shards(
             [ShardReading(**answer) for answer in answers], hosts,
             needed_images_per_second=need.images_per_second, basis=need.basis,
@@ -198,7 +198,7 @@ def examine_files(
     return [shards, judge_run_folder(probes, hosts, folder=str(folder)), judge_disk(probes, needed_bytes=saved)]
 
 
-def read_shards(config: Config, need: Need, place: Place, *, seconds: float) -> ShardReading:
+def read_shards(config: Config, place: Place, *, seconds: float) -> ShardReading:
     """Open the training shards as a run would and read batches for some seconds."""
     workers = config.data.workers
     try:
