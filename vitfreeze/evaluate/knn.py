@@ -39,7 +39,8 @@ def knn_accuracy(
         test_labels: (M,) int64.
         k: numbers of neighbours.
         temperature: how much more the nearest neighbours count.
-        chunk: test images at a time; memory is that of chunk x 32768 similarities, whatever N and M.
+        chunk: test images at a time; beside the test features, memory is that of chunk x 32768 similarities, whatever
+            N and M.
         device: where to compute; default: where the features are.
 
     Raises:
@@ -68,16 +69,16 @@ def count_correct(
     _check(train_features, train_labels, test_features, test_labels, k=k, temperature=temperature, chunk=chunk)
     device = device or train_features.device
     num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    queries_MD = F.normalize(test_features.to(device, torch.float32), dim=1)
+    similarities_MK, neighbours_MK = _find_nearest(queries_MD, train_features, k=max(k), chunk=chunk)
+    classes_MK, labels_M = train_labels.to(device)[neighbours_MK], test_labels.to(device)
+    votes_MK = (similarities_MK / temperature).exp()
     correct = dict.fromkeys(k, 0)
-    for start in range(0, len(test_features), chunk):
-        queries_QD = F.normalize(test_features[start : start + chunk].to(device, torch.float32), dim=1)
-        labels_Q = test_labels[start : start + chunk].to(device)
-        similarities_QK, neighbours_QK = _find_nearest(queries_QD, train_features, k=max(k))
-        classes_QK = train_labels.to(device)[neighbours_QK]
-        votes_QK = (similarities_QK / temperature).exp()
-        for count in k:
-            votes_QC = torch.zeros(len(labels_Q), num_classes, device=device)
-            votes_QC.scatter_add_(1, classes_QK[:, :count], votes_QK[:, :count])
+    for count in k:
+        for votes_QK, classes_QK, labels_Q in zip(
+            votes_MK[:, :count].split(chunk), classes_MK[:, :count].split(chunk), labels_M.split(chunk), strict=True
+        ):
+            votes_QC = torch.zeros(len(labels_Q), num_classes, device=device).scatter_add_(1, classes_QK, votes_QK)
             correct[count] += int((votes_QC.argmax(dim=1) == labels_Q).sum())
     return correct
 
@@ -104,19 +105,22 @@ def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], device:
     return {count: hit / images for count, hit in zip(correct, hits, strict=True)}
 
 
-def _find_nearest(queries_QD: Tensor, bank_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """Return the cosine similarities (Q, k) of the nearest training images, nearest first, and their numbers (Q, k)."""
-    device = queries_QD.device
-    best_QK = torch.empty(len(queries_QD), 0, device=device)
-    index_QK = torch.empty(len(queries_QD), 0, dtype=torch.int64, device=device)
+def _find_nearest(queries_MD: Tensor, bank_ND: Tensor, *, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Return the cosine similarities (M, k) of the nearest training images, nearest first, and their numbers (M, k).
+
+    The training images come to the device, and are normalised, part by part and once.
+    """
+    device = queries_MD.device
+    best_MK = torch.empty(len(queries_MD), 0, device=device)
+    index_MK = torch.empty(len(queries_MD), 0, dtype=torch.int64, device=device)
     for start in range(0, len(bank_ND), BANK_CHUNK):
         part_ND = F.normalize(bank_ND[start : start + BANK_CHUNK].to(device, torch.float32), dim=1)
-        found_QK, place_QK = (queries_QD @ part_ND.T).topk(min(k, len(part_ND)), dim=1)
-        joined = torch.cat([best_QK, found_QK], dim=1)
-        numbers = torch.cat([index_QK, place_QK + start], dim=1)
-        best_QK, kept = joined.topk(min(k, joined.shape[1]), dim=1)
-        index_QK = numbers.gather(1, kept)
-    return best_QK, index_QK
+        found = [(queries_QD @ part_ND.T).topk(min(k, len(part_ND)), dim=1) for queries_QD in queries_MD.split(chunk)]
+        joined = torch.cat([best_MK, torch.cat([values for values, _ in found])], dim=1)
+        numbers = torch.cat([index_MK, torch.cat([places for _, places in found]) + start], dim=1)
+        best_MK, kept = joined.topk(min(k, joined.shape[1]), dim=1)
+        index_MK = numbers.gather(1, kept)
+    return best_MK, index_MK
 
 
 def _check(
