@@ -191,6 +191,27 @@ def test_info_file_cannot_name_files_elsewhere(tmp_path: Path, make_loader: Make
         make_loader(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("_info.json", {"splits": {"train": {"filenames": ["tiny-train-0000.tar"]}}}, "as many filenames as shard_len"),
+        ("_info.json", {"splits": {"train": {"filenames": ["a.tar"], "shard_lengths": []}}}, "as many filenames as"),
+        ("_info.json", {"splits": {"train": {"filenames": ["a.tar"], "shard_lengths": ["x"]}}}, "as many filenames as"),
+        ("_info.json", {"splits": ["train"]}, "must hold splits"),
+        ("_info.json", {"name": "imagenet"}, "must hold splits"),
+        ("sizes.json", {"tiny-train-0000.tar": None}, "must hold a number of samples for each shard"),
+    ],
+)
+def test_a_description_that_is_none(
+    tmp_path: Path, make_loader: MakeLoader, file: str, content: object, words: str
+) -> None:
+    folder = write_shards(tmp_path / "shards", [12], info=False)
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ShardError, match=words) as error:
+        make_loader(folder)
+    message_of(error)
+
+
 def test_unequal_shards_give_equal_steps(tmp_path: Path, make_loader: MakeLoader) -> None:
     folder = write_shards(tmp_path / "shards", [1, 30, 2, 9])
     settings = {"world_size": 2, "micro_batch": 2}

@@ -209,13 +209,12 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _list_folder(folder: str, split: str) -> list[str]:
-    info = _read_json(folder, "_info.json")
+    splits = _read_splits(folder)
     base = folder if folder.endswith("/") else folder + "/"
-    if info is not None:
-        splits = info.get("splits", {})
+    if splits is not None:
         if split not in splits:
             raise ShardError(f"{base}_info.json describes the splits {sorted(splits)}, not {split!r}")
-        return [base + _plain_name(name, base) for name in splits[split]["filenames"]]
+        return [base + name for name, _ in splits[split]]
     if is_remote(folder):
         raise ShardError(f"{cut_query(base)} has no _info.json to list its shards; give a brace pattern of their URLs")
     files = sorted(path for path in Path(folder).glob("*.tar") if path.is_file())
@@ -230,10 +229,30 @@ def _list_folder(folder: str, split: str) -> list[str]:
     return [str(path) for path in files]
 
 
-def _plain_name(name: object, base: str) -> str:
-    if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
-        raise ShardError(f"{base}_info.json lists {name!r}, which is not the name of a file beside it")
-    return name
+def _read_splits(folder: str) -> dict[str, list[tuple[str, int]]] | None:
+    """Return the shards of every split that a folder's `_info.json` lists, with their lengths; None if it has none.
+
+    Raises:
+        ShardError: it does not say what timm's and data_prep's say.
+    """
+    info = _read_json(folder, "_info.json")
+    if info is None:
+        return None
+    try:
+        splits = {
+            split: list(zip(part["filenames"], map(int, part["shard_lengths"]), strict=True))
+            for split, part in info["splits"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ShardError(
+            f"{cut_query(folder).rstrip('/')}/_info.json must hold splits with as many filenames as shard_lengths each"
+        ) from None
+    for name in (name for files in splits.values() for name, _ in files):
+        if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+            raise ShardError(
+                f"{folder.rstrip('/')}/_info.json lists {name!r}, which is not the name of a file beside it"
+            )
+    return splits
 
 
 def _read_lengths(names: Sequence[str]) -> dict[str, int]:
@@ -241,12 +260,20 @@ def _read_lengths(names: Sequence[str]) -> dict[str, int]:
     lengths: dict[str, int] = {}
     for folder in dict.fromkeys(name.rpartition("/")[0] for name in names if not name.startswith("pipe:")):
         base = folder + "/" if folder else ""
-        info = _read_json(base or ".", "_info.json")
-        for part in (info or {}).get("splits", {}).values():
-            lengths |= {base + name: int(n) for name, n in zip(part["filenames"], part["shard_lengths"], strict=True)}
-        if info is None:
-            lengths |= {base + name: int(n) for name, n in (_read_json(base or ".", "sizes.json") or {}).items()}
+        splits = _read_splits(base or ".")
+        for files in (splits or {}).values():
+            lengths |= {base + name: length for name, length in files}
+        if splits is None:
+            lengths |= _read_sizes(base)
     return lengths
+
+
+def _read_sizes(base: str) -> dict[str, int]:
+    sizes = _read_json(base or ".", "sizes.json") or {}
+    try:
+        return {base + name: int(length) for name, length in sizes.items()}
+    except (TypeError, ValueError):
+        raise ShardError(f"{cut_query(base)}sizes.json must hold a number of samples for each shard") from None
 
 
 def _read_json(folder: str, file_name: str) -> dict | None:
