@@ -43,7 +43,7 @@ class EpochOrder:
         self.num_samples = int(self.starts[-1])
         self._epoch = -1
         self._shards = np.empty(0, dtype=np.int64)
-        self._window_ends = np.empty(0, dtype=np.int64)
+        self._window_ends: np.ndarray = np.empty(0, dtype=np.int64)
         self._windows: dict[tuple[int, int], np.ndarray] = {}
 
     def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -55,7 +55,7 @@ class EpochOrder:
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(f"places {start}..{stop} reach outside an epoch of {self.num_samples} samples")
         self._enter(epoch)
-        pieces = [np.empty(0, dtype=np.int64)]
+        pieces: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
         window = int(np.searchsorted(self._window_ends, start, side="right"))
         while start < stop:
             end = int(self._window_ends[window])
