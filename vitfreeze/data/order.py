@@ -42,7 +42,7 @@ class EpochOrder:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.num_samples = int(self.starts[-1])
         self._epoch = -1
-        self._shards = np.empty(0, dtype=np.int64)
+        self._shards: np.ndarray = np.empty(0, dtype=np.int64)
         self._window_ends: np.ndarray = np.empty(0, dtype=np.int64)
         self._windows: dict[tuple[int, int], np.ndarray] = {}
 
