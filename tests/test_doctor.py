@@ -17,7 +17,7 @@ from tiny_shards import write_shards
 from vitfreeze.cluster import find_free_port
 from vitfreeze.doctor import Finding, format_findings
 from vitfreeze.doctor.examination import label_hosts
-from vitfreeze.doctor.facts import Gpu, RankFacts, is_built_for
+from vitfreeze.doctor.facts import Gpu, RankFacts
 from vitfreeze.doctor.judgement import (
     FolderProbe,
     Links,
@@ -64,24 +64,6 @@ def assert_red(finding: Finding, *words: str) -> None:
     text = f"{finding.found} -> {finding.cure}"
     for word in words:
         assert word in text, text
-
-
-@pytest.mark.parametrize(
-    ("capability", "built_for", "runs"),
-    [
-        ((7, 0), CU126, True),
-        ((7, 0), CU130, False),  # the registry's builds have dropped the V100
-        ((8, 6), ("sm_80",), True),
-        ((8, 0), ("sm_86",), False),
-        ((9, 0), ("sm_90a",), True),
-        ((10, 3), ("sm_100a",), False),
-        ((12, 0), ("sm_90", "compute_90"), True),
-        ((7, 0), ("compute_75",), False),
-        ((8, 0), (), False),
-    ],
-)
-def test_which_build_runs_where(capability: tuple[int, int], built_for: tuple[str, ...], runs: bool) -> None:
-    assert is_built_for(capability, built_for) is runs
 
 
 def test_a_v100_under_a_build_without_it_is_told_which_wheel() -> None:

@@ -11,7 +11,19 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "hog", "model", "classifier", "data", "planner", "cluster", "engine"),
+    *(
+        "architecture",
+        "config",
+        "schedule",
+        "hog",
+        "model",
+        "classifier",
+        "data",
+        "planner",
+        "gpu",
+        "cluster",
+        "engine",
+    ),
     *("assembly", "convert", "checkpoint", "pretrained", "report", "survival", "plots", "evaluate", "export"),
     *("closing", "tasks", "run", "train", "finetune", "doctor", "bench", "cli", "__main__"),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from vitfreeze.report import (
@@ -13,7 +12,6 @@ from vitfreeze.report import (
     Reporter,
     WaitWatch,
     flatten_numbers,
-    peak_teraflops,
     read_json_lines,
     trim_json_lines,
 )
@@ -75,14 +73,3 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_numbers_in_nested_figures() -> None:
     figures = {"a": 1, "b": {"c": 2.5, "d": float("nan"), "e": "text", "f": True}}
     assert dict(flatten_numbers(figures)) == {"a": 1.0, "b/c": 2.5}
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("Tesla V100-SXM2-32GB", 125), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("GeForce", None)],
-)
-def test_peak_of_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_teraflops(torch.device("cuda"), precision="fp16") == peak
-    assert peak_teraflops(torch.device("cuda"), precision="fp32") is None
-    assert peak_teraflops(torch.device("cpu"), precision="bf16") is None

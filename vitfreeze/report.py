@@ -25,18 +25,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 logger = logging.getLogger("vitfreeze")
 
 
-# Dense 16-bit products on tensor cores, 1e12 operations a second, by words in the GPU's name (NVIDIA's data sheets).
-_PEAK_TERAFLOPS = (("H100 PCIe", 756), ("H100", 989), ("H200", 989), ("A100", 312), ("V100", 125))
-
-
-def peak_teraflops(device: torch.device, *, precision: str) -> float | None:
-    """Return what a device could do at most in fp16 or bf16; None where that is not known."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((float(peak) for words, peak in _PEAK_TERAFLOPS if words in name), None)
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file; a last line that a kill cut short is left out. No file: no objects."""
     if not path.is_file():

@@ -10,8 +10,9 @@ from typing import Any
 from vitfreeze.config import Config, Duration
 from vitfreeze.data import TrainLoader, merge_reports
 from vitfreeze.engine import FreezingEngine
+from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import EncoderCosts, costs_of
-from vitfreeze.report import Meter, Reporter, WaitWatch, peak_teraflops
+from vitfreeze.report import Meter, Reporter, WaitWatch
 from vitfreeze.schedule import RunSchedule
 from vitfreeze.tasks import Task
 

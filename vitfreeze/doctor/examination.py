@@ -17,7 +17,7 @@ import torch
 from vitfreeze.cluster import Meeting, Place, fingerprint_shards, group_ranks
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import TrainLoader, build_train_loader
-from vitfreeze.doctor.facts import RankFacts, is_built_for, look_around
+from vitfreeze.doctor.facts import RankFacts, look_around
 from vitfreeze.doctor.findings import Finding
 from vitfreeze.doctor.judgement import (
     FolderProbe,
@@ -37,6 +37,7 @@ from vitfreeze.doctor.judgement import (
     judge_versions,
 )
 from vitfreeze.doctor.network import compare_clocks, measure_links
+from vitfreeze.gpu import is_built_for
 from vitfreeze.planner import Plan, costs_of, plan
 
 # Of the rate of large matrix products, what a whole training step of a ViT reaches when it is well tuned.

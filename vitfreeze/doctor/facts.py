@@ -91,30 +91,6 @@ def look_around(place: Place) -> RankFacts:
     )  # fmt: skip
 
 
-def is_built_for(capability: tuple[int, int], built_for: tuple[str, ...]) -> bool:
-    """Say whether a torch build runs on a GPU, from its list such as ('sm_70', 'sm_90a', 'compute_90').
-
-    Machine code of sm_XY runs on GPUs of the same X and the same or a higher Y, that of sm_XYa on XY alone;
-    compute_XY is compiled at the first use for any that is not older.
-    """
-    for name in built_for:
-        kind, _, number = name.partition("_")
-        digits = number.rstrip("af")
-        if not digits.isdigit():
-            continue
-        major, minor = int(digits[:-1]), int(digits[-1])
-        if kind == "compute" and capability >= (major, minor):
-            return True
-        exact = number.endswith("a")
-        if (
-            kind == "sm"
-            and capability[0] == major
-            and (capability[1] == minor or (capability[1] > minor and not exact))
-        ):
-            return True
-    return False
-
-
 def measure_teraflops(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
     """Return how many 1e12 operations per second the device does in products of large matrices."""
     side = GPU_MATRIX if device.type == "cuda" else CPU_MATRIX

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitfreeze.cluster import describe_ranks, group_ranks
-from vitfreeze.doctor.facts import RankFacts, is_built_for
+from vitfreeze.doctor.facts import RankFacts
 from vitfreeze.doctor.findings import Finding
+from vitfreeze.gpu import cure_unfit_build, describe_unfit_build, is_built_for, number_of
 from vitfreeze.planner import format_bytes
 
 MAX_CLOCK_SKEW_SECONDS = 1.0
@@ -119,7 +120,7 @@ def judge_gpus(facts: Sequence[RankFacts]) -> Finding:
         return Finding(check="GPUs", fit=True, found="none; this is a run on CPUs")
     texts = [f"{len(ranks)} x {name}" for name, ranks in names.items()]
     gpu = next(rank.gpu for rank in facts if rank.gpu)
-    found = f"{', '.join(texts)}; torch {facts[0].versions['torch']} has code for sm_{_number(gpu.capability)}"
+    found = f"{', '.join(texts)}; torch {facts[0].versions['torch']} has code for sm_{number_of(gpu.capability)}"
     return Finding(check="GPUs", fit=True, found=found)
 
 
@@ -141,25 +142,11 @@ def _unseen_gpu(rank: RankFacts, place: str) -> Finding:
 
 
 def _unfit_build(facts: Sequence[RankFacts], unfit: Sequence[RankFacts]) -> Finding:
-    gpu = unfit[0].gpu
+    gpu, version = unfit[0].gpu, unfit[0].versions["torch"]
     assert gpu is not None
-    built_for = [name for name in gpu.built_for if name.startswith("sm_")]
-    version = unfit[0].versions["torch"].partition("+")[0]
-    if gpu.capability >= (7, 0) and gpu.capability < (7, 5):
-        cure = (
-            f"install torch {version}+cu126, which still has sm_70, on every node (TORCH_INDEX_URL, launch/README.md)"
-        )
-    elif gpu.capability < (7, 0):
-        cure = "GPUs before the V100 are not supported; leave that host out of the hostfile"
-    else:
-        cure = f"install a build of torch for a newer CUDA, with sm_{_number(gpu.capability)}, on every node"
-    return Finding(
-        check="GPUs", fit=False, cure=cure,
-        found=(
-            f"{gpu.name} (sm_{_number(gpu.capability)}) on {_where(facts, [rank.rank for rank in unfit])} cannot run "
-            f"torch {unfit[0].versions['torch']}, which has {', '.join(built_for)}"
-        ),
-    )  # fmt: skip
+    where = _where(facts, [rank.rank for rank in unfit])
+    found = describe_unfit_build(gpu.name, gpu.capability, gpu.built_for, version=version, where=where)
+    return Finding(check="GPUs", fit=False, found=found, cure=cure_unfit_build(gpu.capability, version=version))
 
 
 def judge_precision(facts: Sequence[RankFacts], *, wanted: str | None) -> Finding:
@@ -376,7 +363,3 @@ def _place(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
     more = f" and {len(names) - 4} more hosts" if len(names) > 4 else ""
     return f"{describe_ranks(ranks)} ({', '.join(names[:4])}{more})"
-
-
-def _number(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}{capability[1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import deepspeed
@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from vitfreeze.cluster import Meeting, Place, join_timeout
+from vitfreeze.gpu import check_build
 
 log = logging.getLogger(__name__)
 TESTED_SERIES = "0.19."
@@ -46,6 +47,7 @@ def join_processes() -> Processes:
 
     Raises:
         ClusterError: some, but not all, of the launcher's variables are set, or not every rank came in time.
+        ValueError: this torch has no code for a GPU.
     """
     place = Place.from_environment()
     if "RANK" not in os.environ:
@@ -64,6 +66,9 @@ def join_processes() -> Processes:
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)
+    device = torch.device(accelerator.current_device_name())
+    with meeting.fail_together() if meeting is not None else nullcontext():
+        check_build(device)
     with redirect_stdout(io.StringIO()) as said:  # stdout is for a command's findings; DeepSpeed names a kernel there
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     log.debug("DeepSpeed said: %s", said.getvalue())
@@ -72,5 +77,5 @@ def join_processes() -> Processes:
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         local_rank=local_rank,
-        device=torch.device(accelerator.current_device_name()),
+        device=device,
     )
