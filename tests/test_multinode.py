@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from jobs import read_losses
-from nodes import ROOT, Script, require_environment, wait_until, write_recipe
+from nodes import ROOT, Script, descendants, require_environment, wait_until, write_recipe
 
 from vitfreeze.cluster import find_free_port
 
@@ -246,3 +247,52 @@ def test_torchrun_restarts_the_rest_by_itself_and_tells_a_stop_from_success(
     wait_until(lambda: newest_step(run) >= lost_at + 8, what="a checkpoint of the node that is left")
     nodes[0].interrupt()
     assert nodes[0].wait() == 75, nodes[0].text()
+
+
+# What launch/slurm.sbatch asks of SLURM, for two nodes on this machine; calls that change a job are written down.
+SLURM = {
+    "scontrol": 'if [[ $1 = show ]]; then printf "localhost\\nb\\n"; else echo "scontrol $*" >>"$CALLS"; fi',
+    "scancel": 'echo "scancel $*" >>"$CALLS"',
+    "srun": """while [[ $1 = --* ]]; do shift; done
+        for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done
+        status=0; for pid in "${pids[@]}"; do wait "$pid" || status=$?; done; exit $status""",
+}
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_slurm_requeues_what_its_time_limit_stopped_and_ends_what_is_done(
+    recipe: Path, tmp_path: Path, scripts: list[Script], array: bool
+) -> None:
+    run, calls, folder = tmp_path / "run", tmp_path / "calls", tmp_path / "bin"
+    folder.mkdir()
+    for name, body in SLURM.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    variables = {
+        "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "a pair", "SLURM_GPUS_ON_NODE": "1",
+        **({"SLURM_ARRAY_JOB_ID": "7"} if array else {}),
+    }  # fmt: skip
+    command = ["pretrain", str(recipe), f"run.dir={run}", "run.length=200 steps", "optim.warmup=10 steps"]
+
+    def submit() -> Script:
+        scripts.append(Script("slurm.sbatch", *command, log=tmp_path / "job.log", variables=variables))
+        return scripts[-1]
+
+    job = submit()
+    wait_until(lambda: newest_step(run) >= 8, what="the second checkpoint")
+    for pid in descendants(job.process.pid):  # the warning before the time limit goes to every process of the step
+        if b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGUSR1)
+    assert job.wait() == (75 if array else 0), job.text()
+    stopped_at = newest_step(run)
+    assert 8 <= stopped_at < 200
+    assert calls.exists() is not array
+    if not array:
+        assert calls.read_text() == f"scontrol requeue {os.getpid()}\n"
+    job = submit()
+    assert job.wait() == 0, job.text()
+    assert newest_step(run) == 200
+    if array:
+        assert calls.read_text() == "scancel --state=PENDING 7\n"
+    assert not list((ROOT / "runs").glob(f"*.{os.getpid()}")), "hostfile and marker are gone"
