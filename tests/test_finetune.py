@@ -325,6 +325,12 @@ def test_a_recipe_for_the_other_task_is_refused(task: Callable[[Config], int], o
     assert not (tmp_path / "run").exists()
 
 
+def test_pretraining_refuses_a_recipe_that_looks_like_fine_tuning(tmp_path: Path) -> None:
+    config = load_config("paper", ["finetune.num_classes=1000", f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=r"finetune.num_classes is a setting of fine-tuning.*add run.task=finetune"):
+        pretrain(config)
+
+
 def test_pretraining_refuses_settings_of_fine_tuning(demo_shards: Path, tmp_path: Path) -> None:
     from vitfreeze.tasks import Pretraining
 

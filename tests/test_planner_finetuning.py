@@ -68,6 +68,13 @@ def test_group_sizes_are_those_of_the_model() -> None:
     assert set(last) == {f"{unit}.{kind}" for unit in ("classifier", "layer_12") for kind in ("decay", "no_decay")}
 
 
+def test_a_recipe_that_does_not_say_what_it_is_for_is_not_guessed_at() -> None:
+    settings = ["finetune.num_classes=10", "batch.micro_size=256"]
+    with pytest.raises(ConfigError, match=r"finetune.num_classes is .* \(set in the command line\).*run.task=finetune"):
+        plan(load_config("paper", settings))
+    assert plan(load_config("paper", [*settings, "run.task=finetune"])).stages[0].heads_left == ()
+
+
 def test_an_average_of_the_weights_takes_memory() -> None:
     plain, averaged = (
         plan(load_config("finetune_b_100ep", [f"finetune.model_ema_decay={decay}"])) for decay in (0, 0.9999)

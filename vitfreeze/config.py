@@ -335,7 +335,20 @@ def choose_task(config: Config, task: str) -> Config:
     """
     if config.run.task != task and "run.task" in config.origins:
         raise config.error("run.task", f"{task!r} for `vitfreeze {task}`; or use `vitfreeze {config.run.task}`")
-    return replace(config, run=replace(config.run, task=task))
+    if task == "pretrain":
+        check_task_is_clear(config)
+    origins = {"run.task": f"the command `vitfreeze {task}`", **config.origins}
+    return replace(config, run=replace(config.run, task=task), origins=origins)
+
+
+def check_task_is_clear(config: Config) -> None:
+    """Refuse settings of fine-tuning in a recipe that does not say what it is for; raises ConfigError."""
+    finetuning = next((key for key in config.origins if key.startswith("finetune.")), "")
+    if finetuning and "run.task" not in config.origins:
+        raise ConfigError(
+            f"{finetuning} is a setting of fine-tuning (set in {config.origins[finetuning]}), and the recipe does not "
+            "say what it is for: add run.task=finetune, or leave that setting out"
+        )
 
 
 def find_recipe(recipe: str | Path) -> Path:

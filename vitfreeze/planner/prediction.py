@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vitfreeze.config import Config, ConfigError, derive_accumulation, find_ds_config
+from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_accumulation, find_ds_config
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.measured import StepTimes
 from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
@@ -154,11 +154,13 @@ def plan(
         events: lines of events.jsonl, for what an adaptive run has frozen so far.
 
     Raises:
-        ConfigError: settings that cannot be used, or fewer images than one global batch.
+        ConfigError: settings that cannot be used, fewer images than one global batch, or settings of fine-tuning
+            without run.task.
     """
     for name, value in (("the sustained TFLOP/s", teraflops), ("the bandwidth in GB/s", bandwidth_gigabytes)):
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value}, but it must be a number above 0")
+    check_task_is_clear(config)
     if times is not None and config.run.task == "finetune":
         raise ConfigError("measured steps are those of pre-training, and this recipe is for fine-tuning")
     if steps_per_epoch is None:
