@@ -313,8 +313,11 @@ def test_weights_of_another_size_are_refused_and_leave_no_folder(
 
 
 def test_wrong_number_of_classes_is_refused(demo_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="label"):
+    with pytest.raises(
+        ShardError, match=r"does not go with 5 classes \(finetune.num_classes\).*label \d+ is not below 5"
+    ):
         finetune(make_config(demo_shards, tmp_path / "run", **{"finetune.num_classes": 5}))
+    assert not (tmp_path / "run").exists(), "found before a folder is made"
 
 
 @pytest.mark.parametrize(("task", "other"), [(pretrain, "finetune"), (finetune, "pretrain")])

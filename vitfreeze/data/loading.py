@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
-from vitfreeze.data.downloads import DownloadCache, default_cache_dir
+from vitfreeze.data.downloads import DownloadCache, default_cache_dir, is_remote
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.making import Answer, BatchMaker, Recipe, Request, Ring, return_as_is, start_worker
 from vitfreeze.data.order import EpochOrder
@@ -118,6 +118,8 @@ class _Loader:
             open_shards=open_shards,
         )
         self.lengths = [self.reader.length(shard) for shard in range(len(self.shards.names))]
+        if not is_remote(self.shards.names[0]):  # a remote one would have to be fetched first
+            self.reader.check_labels(0, max_bad_fraction=options.max_bad_fraction)
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))])
         self.num_samples = int(self.starts[-1])
         self._reports: list[EpochReport] = []

@@ -369,12 +369,34 @@ class ShardReader:
         if place in index.defects:
             raise BadSampleError(index.defects[place])
         label = int(index.labels[place])
-        if self.num_classes is not None and not 0 <= label < self.num_classes:
-            problem = "it has no label" if label < 0 else f"its label {label} is not below {self.num_classes}"
-            raise BadSampleError(problem)
+        if self._is_bad_label(label):
+            raise BadSampleError(self._describe_label(label))
         return Sample(
             key=index.keys[place], label=label, offset=int(index.offsets[place]), size=int(index.sizes[place])
         )
+
+    def check_labels(self, shard: int, *, max_bad_fraction: float) -> None:
+        """Look at the labels of a shard before anything else is done: a wrong number of classes spoils many at once.
+
+        Raises:
+            ShardError: more than one sample, and more than `max_bad_fraction` of them, has none or one too large.
+        """
+        index = self._enter(shard)[1]
+        labels = [(place, int(label)) for place, label in enumerate(index.labels) if place not in index.defects]
+        bad = [(place, label) for place, label in labels if self._is_bad_label(label)]
+        if len(bad) > max(1, max_bad_fraction * len(labels)):
+            place, label = bad[0]
+            raise ShardError(
+                f"shard {cut_query(self.shards.names[shard])} does not go with {self.num_classes} classes "
+                f"(finetune.num_classes): {len(bad)} of its {len(labels)} labels cannot be used, as that of "
+                f"{index.keys[place]}: {self._describe_label(label)}"
+            )
+
+    def _is_bad_label(self, label: int) -> bool:
+        return self.num_classes is not None and not 0 <= label < self.num_classes
+
+    def _describe_label(self, label: int) -> str:
+        return "it has no label" if label < 0 else f"its label {label} is not below {self.num_classes}"
 
     def key(self, shard: int, place: int) -> str:
         """Return a sample's key, or its place where it has none."""
