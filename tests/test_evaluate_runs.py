@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from processes import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_shards import jpeg_of
 
 from vitfreeze import cli
 from vitfreeze.config import Config, ConfigError, build_config
@@ -155,21 +158,38 @@ def test_bad_input_is_one_sentence(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_images_without_labels_are_refused(run_dir: Path, tmp_path: Path) -> None:
-    import io
-    import tarfile
-
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 10, 10)).save(data, "JPEG")
+@pytest.fixture
+def bare(tmp_path: Path) -> str:
+    """A shard of one image without a label."""
+    data = jpeg_of((200, 10, 10))
     with tarfile.open(tmp_path / "bare-0000.tar", "w") as file:
         member = tarfile.TarInfo("sample0.jpg")
-        member.size = len(data.getvalue())
-        file.addfile(member, io.BytesIO(data.getvalue()))
-    bare = (str(tmp_path / "bare-0000.tar"),)
+        member.size = len(data)
+        file.addfile(member, io.BytesIO(data))
+    return str(tmp_path / "bare-0000.tar")
+
+
+def test_images_without_labels_are_refused(run_dir: Path, bare: str) -> None:
     with pytest.raises(ValueError, match=r"sample sample0 has no label"):
-        evaluate_knn(str(run_dir), EvaluationData(val=bare))
+        evaluate_knn(str(run_dir), EvaluationData(val=(bare,)))
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        ("BARE", r"data.val is .*shards whose samples have a .cls member each.*bare-0000.tar has none"),
+        ("", r"data.val is .*labelled shards, because eval.every asks for k-NN"),
+        ("/nowhere/val-0000.tar", r"shard /nowhere/val-0000.tar does not exist"),
+    ],
+)
+def test_a_run_that_could_not_be_evaluated_does_not_begin(
+    val: str, message: str, bare: str, demo_shards: Path, tmp_path: Path
+) -> None:
+    given = bare if val == "BARE" else val or []
+    config = make_config(demo_shards, tmp_path / "run", **{"data.val": given})
+    with pytest.raises(ValueError, match=message):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
 
 
 # Over ranks ----------------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,16 @@ from vitfreeze.model import LocalMIM
 
 
 def open_training(
-    config: Config, processes: Processes, *, transform: Transform | None = None, num_classes: int | None = None
+    config: Config,
+    processes: Processes,
+    *,
+    transform: Transform | None = None,
+    num_classes: int | None = None,
+    check_data: Callable[[], None],
 ) -> TrainLoader:
     """Open the training shards on every rank, and make sure that all ranks mean the same run.
 
-    Arguments as for `build_train_loader`.
+    `check_data` raises what else is wrong with the data; the other arguments are those of `build_train_loader`.
 
     Raises:
         ConfigError: a setting cannot be used.
@@ -32,9 +37,13 @@ def open_training(
         ClusterError: either of them on some ranks only, or ranks with other software, settings or shards.
     """
     rank, world_size = processes.rank, processes.world_size
-    build = partial(
-        build_train_loader, config, rank=rank, world_size=world_size, transform=transform, num_classes=num_classes
-    )  # fmt: skip
+
+    def build() -> TrainLoader:
+        check_data()
+        return build_train_loader(
+            config, rank=rank, world_size=world_size, transform=transform, num_classes=num_classes
+        )  # fmt: skip
+
     if world_size == 1:
         return build()
     meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())

@@ -114,7 +114,7 @@ class DataConfig:
     """Where the images come from and how they are cropped."""
 
     train: tuple[str, ...] = option((), "training shards: a folder, a brace pattern, URLs, or a list", may_change=True)
-    val: tuple[str, ...] = option((), "validation shards, for evaluation", may_change=True)
+    val: tuple[str, ...] = option((), "labelled validation shards, for k-NN and fine-tuning", may_change=True)
     workers: int = option(8, "decoding processes per rank", may_change=True)
     prefetch: int = option(4, "batches that each worker keeps ready", may_change=True)
     crops_per_image: int = option(1, "independent crops and masks taken from one decoded image")

@@ -86,6 +86,10 @@ class Finetuning:
         )
         self._micro_batches: tuple[int, int] = (-1, 0)
 
+    def check_data(self) -> None:
+        """Make sure that the validation shards are there, and that their labels go with the number of classes."""
+        open_split(self.config, "validation", num_classes=self.num_classes)
+
     def _build_transform(self) -> FinetuneTransform:
         low, high = self.config.data.crop_scale
         try:

@@ -14,7 +14,7 @@ from vitfreeze.checkpoint.folder import FOLDER_NAME, sort_checkpoints
 from vitfreeze.classifier import Classifier
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, settings
-from vitfreeze.data import Batch, normalize, open_split
+from vitfreeze.data import Batch, check_labels, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.evaluate.probe import Probe
@@ -43,6 +43,9 @@ class Task(Protocol):
     config: Config
     transform: Transform | None
     num_classes: int | None
+
+    def check_data(self) -> None:
+        """Make sure, before anything is made, that evaluation can use its data."""
 
     def build_model(self, *, is_new: bool) -> LocalMIM | Classifier:
         """Return the model, with the weights that a new run begins with."""
@@ -83,6 +86,14 @@ class Pretraining:
         self._beginning = read_beginning(config)
         self._probe: Probe | None = None
         self._shown: Tensor | None = None
+
+    def check_data(self) -> None:
+        """Make sure that k-NN will find images and labels; raises ConfigError or ShardError."""
+        if self.config.data.val:
+            for split in ("train", "validation"):
+                check_labels(self.config, split)
+        elif self.config.eval.every.value:
+            raise self.config.error("data.val", "labelled shards, because eval.every asks for k-NN on the way")
 
     def build_model(self, *, is_new: bool) -> LocalMIM:
         """Return a LocalMIM; a new run begins with `model.init_from`, if that is set."""

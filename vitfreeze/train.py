@@ -48,7 +48,9 @@ def run_task(task: Task, *, fresh: bool) -> int:
     """Train from the newest checkpoint if there is one; return the exit status. Errors as `pretrain`."""
     config, processes = task.config, join_processes()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
-    loader = open_training(config, processes, transform=task.transform, num_classes=task.num_classes)
+    loader = open_training(
+        config, processes, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
+    )  # fmt: skip
     with RunFolder(directory, processes=processes):
         start = choose_start(config, directory, fresh=fresh, processes=processes)
         checkpoint, start_step = start.checkpoint, start.step

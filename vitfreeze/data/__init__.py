@@ -5,7 +5,7 @@ from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
 from vitfreeze.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
-from vitfreeze.data.opening import build_train_loader, open_split
+from vitfreeze.data.opening import build_train_loader, check_labels, open_split
 from vitfreeze.data.order import EpochOrder
 from vitfreeze.data.reporting import EpochReport, SkippedSample, merge_reports
 
@@ -26,6 +26,7 @@ __all__ = [
     "SkippedSample",
     "TrainLoader",
     "build_train_loader",
+    "check_labels",
     "merge_reports",
     "normalize",
     "open_split",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data.augmentation import Transform
+from vitfreeze.data.downloads import is_remote
 from vitfreeze.data.loading import EvalLoader, ReadOptions, TrainLoader
 
 EVAL_BATCH_SIZE = 64
@@ -71,6 +72,20 @@ def open_split(
         world_size=world_size,
         options=_read_options(config, num_classes=num_classes),
     )
+
+
+def check_labels(config: Config, split: str) -> None:
+    """Make sure, before a run begins, that k-NN will find labels in a split; remote shards are not fetched for it.
+
+    Raises:
+        ConfigError: there are none, or the recipe names no shards for the split.
+        ShardError: the shards cannot be read.
+    """
+    loader = open_split(config, split)
+    name = loader.shards.names[0]
+    if not is_remote(name) and not loader.reader.has_labels(0):
+        key = "data.train" if split == "train" else "data.val"
+        raise config.error(key, f"shards whose samples have a .cls member each, to compare by k-NN; {name} has none")
 
 
 def _read_options(config: Config, *, num_classes: int | None) -> ReadOptions:

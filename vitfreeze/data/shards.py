@@ -392,6 +392,10 @@ class ShardReader:
                 f"{index.keys[place]}: {self._describe_label(label)}"
             )
 
+    def has_labels(self, shard: int) -> bool:
+        """Say whether any sample of a shard has a label."""
+        return bool((self._enter(shard)[1].labels >= 0).any())
+
     def _is_bad_label(self, label: int) -> bool:
         return self.num_classes is not None and not 0 <= label < self.num_classes
 
