@@ -136,6 +136,7 @@ def test_recipe_that_is_its_own_base(tmp_path: Path) -> None:
 def test_accumulation_shows_its_arithmetic() -> None:
     config = load_config("paper", ["batch.global_size=2048", "batch.micro_size=64"])
     assert derive_accumulation(config, world_size=8) == (64, 4)
+    assert derive_accumulation(config, world_size=64) == (32, 1), "more ranks than full micro-batches"
     with pytest.raises(ConfigError, match=r"64 x 24 = 1536; 2048 / 1536 = 1\.333"):
         derive_accumulation(config, world_size=24)
     with pytest.raises(ConfigError, match="2048 / 3 is not whole"):

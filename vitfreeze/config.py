@@ -143,7 +143,9 @@ class BatchConfig:
     """How many images make a step."""
 
     global_size: int = option(2048, "images per optimizer step over all ranks")
-    micro_size: int | None = option(None, "images per rank and forward pass; accumulation follows", may_change=True)
+    micro_size: int | None = option(
+        None, "most images per rank and forward pass; accumulation follows", may_change=True
+    )
     grow_micro_batch: bool = option(
         False, "use memory that freezing releases for larger micro-batches", may_change=True
     )
@@ -494,6 +496,8 @@ def _check_model(config: Config) -> None:
 def derive_accumulation(config: Config, *, world_size: int) -> tuple[int, int]:
     """Return (micro-batch per rank, accumulation steps) that make the global batch on `world_size` ranks.
 
+    A rank whose share of the global batch is less than batch.micro_size takes it as one micro-batch.
+
     Raises:
         ConfigError: the sizes do not divide; the message shows the arithmetic.
     """
@@ -503,6 +507,8 @@ def derive_accumulation(config: Config, *, world_size: int) -> tuple[int, int]:
             raise config.error(
                 "batch.global_size", f"a multiple of the {world_size} ranks; {total} / {world_size} is not whole"
             )
+        return total // world_size, 1
+    if total % world_size == 0 and total // world_size < micro:
         return total // world_size, 1
     if total % (micro * world_size):
         raise config.error(
