@@ -175,7 +175,12 @@ def test_folder_of_another_run_is_left_alone(
 ) -> None:
     (tmp_path / "config.yaml").write_text("freeze:\n  t_0: 0.123\n")
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["pretrain", "demo", f"data.train={demo_shards}", f"run.dir={tmp_path}", "data.workers=0"])
+        cli.main(
+            [
+                "pretrain", "demo", f"data.train={demo_shards}", f"data.val={demo_shards}", f"run.dir={tmp_path}",
+                "data.workers=0",
+            ]
+        )  # fmt: skip
     assert stopped.value.code == 2
     assert "freeze.t_0: 0.123 there, 0.6 now" in capsys.readouterr().err
     assert (tmp_path / "config.yaml").read_text() == "freeze:\n  t_0: 0.123\n"

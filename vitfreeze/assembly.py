@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
 from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.data.augmentation import Transform
-from vitfreeze.engine import FreezingEngine, Processes, best_ds_config
+from vitfreeze.engine import FreezingEngine, Processes, best_ds_config, read_settings
 from vitfreeze.model import LocalMIM
 
 
@@ -38,18 +38,19 @@ def open_training(
     """
     rank, world_size = processes.rank, processes.world_size
 
-    def build() -> TrainLoader:
-        check_data()
-        return build_train_loader(
+    def open_all() -> tuple[TrainLoader, Mapping[str, Any]]:
+        loader = build_train_loader(
             config, rank=rank, world_size=world_size, transform=transform, num_classes=num_classes
         )  # fmt: skip
+        settings = read_settings(read_ds_config(config, processes.device))
+        check_data()
+        return loader, settings.content
 
     if world_size == 1:
-        return build()
+        return open_all()[0]
     meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())
     with meeting.fail_together():
-        loader = build()
-        ds_config = json.loads(find_ds_config(config.run.ds_config or best_ds_config(processes.device)).read_text())
+        loader, ds_config = open_all()
     meeting.check_agreement(run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config))
     return loader
 
