@@ -309,6 +309,17 @@ def test_bad_sample_is_left_out_of_evaluation(tmp_path: Path) -> None:
         list(EvalLoader(str(path), img_size=16, batch_size=4, options=strict))
 
 
+def test_an_epoch_that_goes_on_in_other_micro_batches_is_reported_once(tmp_path: Path, make_loader: MakeLoader) -> None:
+    path = write_tar(tmp_path / "a.tar", [("bad.jpg", b"?"), ("bad.cls", b"0"), *good_members(0, 15)])
+    loader = make_loader(str(path), seed=1)
+    first = [next(batches) for batches in [loader.batches(0, 4)] for _ in range(2)]
+    assert loader.take_reports() == []
+    rest = list(loader.batches(2, 4, micro_batch=2))
+    (report,) = loader.take_reports()
+    assert report.images == sum(len(batch.images) for batch in [*first, *rest]) == 16
+    assert [sample.key for sample in report.skipped] == ["bad"]
+
+
 def test_shard_without_a_usable_sample_is_refused(tmp_path: Path, make_loader: MakeLoader) -> None:
     members = [member for number in range(8) for member in ((f"b{number}.jpg", b"?"), (f"b{number}.cls", b"0"))]
     path = write_tar(tmp_path / "a.tar", members)

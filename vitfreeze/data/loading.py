@@ -268,6 +268,7 @@ class TrainLoader(_Loader):
             options=options,
             open_shards=window_shards + 4,
         )
+        self._tally: EpochTally | None = None
         order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
         self.steps_per_epoch = self.num_samples * crops_per_image // global_batch
         if not self.steps_per_epoch:
@@ -329,16 +330,21 @@ class TrainLoader(_Loader):
         size = micro_batch or self.micro_batch
         requests = self._requests(start_step, total_steps, size, self.accumulation(size))
         images = self.steps_per_epoch * self.global_batch // self.crops_per_image
-        tally: EpochTally | None = None
         for batch in self._serve(self._recipe, requests, largest=size):
-            if tally is None or batch.epoch != tally.epoch:
-                if tally is not None:
-                    self._reports.append(tally.finish())
-                tally = EpochTally(batch.epoch, epoch_images=images, max_bad_fraction=self.options.max_bad_fraction)
-            tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
+            if self._tally is None or batch.epoch != self._tally.epoch:
+                self._end_epoch()
+                self._tally = EpochTally(
+                    batch.epoch, epoch_images=images, max_bad_fraction=self.options.max_bad_fraction
+                )  # fmt: skip
+            self._tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
             yield batch
-        if tally is not None:
-            self._reports.append(tally.finish())
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """Report the epoch that was under way; one that goes on in another call of `batches` is not over."""
+        if self._tally is not None:
+            self._reports.append(self._tally.finish())
+            self._tally = None
 
     def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[Request]:
         for step in range(start_step, total_steps):
