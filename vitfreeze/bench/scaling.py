@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ def run_scaling_benchmark(
         raise ValueError(f"rounds is {rounds}, expected at least 1")
     paper = plan(config, world_size=processes.world_size)
     prefixes = _choose_prefixes([stage.frozen_layers for stage in paper.stages], frozen_layers)
-    engine = build_engine(config, processes, frozen_layers=0)
+    at_once = replace(config, freeze=replace(config.freeze, min_steps_between_drops=0))
+    engine = build_engine(at_once, processes, frozen_layers=0)
     timer = StepTimer(
         build_model(config), micro_batch=engine.micro_batch, dtype=engine.dtype, device=engine.device,
         clock=time.perf_counter,

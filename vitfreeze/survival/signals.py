@@ -66,7 +66,8 @@ class StopSignals:
             return
         if self._first is None:
             self._first = number
-            sys.stderr.write(f"\n{self.received}: finishing the step and saving; Ctrl-C again stops at once\n")
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node is enough
+                sys.stderr.write(f"\n{self.received}: finishing the step and saving; Ctrl-C again stops at once\n")
         if number != signal.SIGINT:
             return
         if self._interrupted_at is None:
