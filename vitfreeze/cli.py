@@ -27,9 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # DeepSpeed calls collectives that torch is about to rename; users can do nothing about it.
+    # Users can do nothing about collectives that torch is about to rename, nor about CUDA's compiler without a GPU.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # nor about a CUDA compiler on a machine without a GPU.
     builder = logging.getLogger("torch.utils.cpp_extension")
     builder.addFilter(lambda record: not str(record.msg).startswith("No CUDA runtime is found"))
     handler: Handler = parsed.handler

@@ -23,7 +23,7 @@ from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
 from vitfreeze.data.downloads import DownloadCache, default_cache_dir, is_remote
 from vitfreeze.data.errors import ShardError
-from vitfreeze.data.making import Answer, BatchMaker, Recipe, Request, Ring, return_as_is, start_worker
+from vitfreeze.data.making import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 from vitfreeze.data.order import EpochOrder
 from vitfreeze.data.reporting import EpochReport, EpochTally, SkippedSample
 from vitfreeze.data.shards import ShardReader, ShardSet, find_shards
@@ -118,7 +118,8 @@ class _Loader:
             open_shards=open_shards,
         )
         self.lengths = [self.reader.length(shard) for shard in range(len(self.shards.names))]
-        if not is_remote(self.shards.names[0]):  # a remote one would have to be fetched first
+        is_here = not is_remote(self.shards.names[0])  # or it would have to be fetched first
+        if options.num_classes is not None and is_here:
             self.reader.check_labels(0, max_bad_fraction=options.max_bad_fraction)
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))])
         self.num_samples = int(self.starts[-1])
@@ -148,18 +149,18 @@ class _Loader:
             raise ValueError("the need for workers is measured from batches, and none was made yet")
         return workers_needed(self._work_seconds / self._work_images, seconds_per_image=seconds_per_image)
 
-    def _serve(self, recipe: Recipe, requests: Iterable[Request], *, largest: int) -> Iterator[Batch]:
+    def _serve(self, plan: BatchPlan, requests: Iterable[Request], *, largest: int) -> Iterator[Batch]:
         """Yield the answers to requests of at most `largest` crops."""
         workers, prefetch = self.options.workers, self.options.prefetch
         ring = Ring(
             ahead=workers * prefetch,
             batch=largest,
-            img_size=recipe.transform.img_size,
-            num_patches=recipe.num_patches,
+            img_size=plan.transform.img_size,
+            num_patches=plan.num_patches,
             shared=workers > 0,
         )
         loader: DataLoader = DataLoader(
-            BatchMaker(recipe, ring=ring, reader=self.reader, starts=self.starts),
+            BatchMaker(plan, ring=ring, reader=self.reader, starts=self.starts),
             sampler=enumerate(requests),
             batch_size=None,
             num_workers=workers,
@@ -276,7 +277,7 @@ class TrainLoader(_Loader):
                 f"the shards hold {self.num_samples} samples, {self.num_samples * crops_per_image} crops with "
                 f"crops_per_image={crops_per_image}: fewer than one global batch of {global_batch}"
             )
-        self._recipe = Recipe(
+        self._plan = BatchPlan(
             order=order,
             transform=transform or RandomCrop(img_size=img_size, scale=crop_scale),
             seed=seed,
@@ -330,12 +331,11 @@ class TrainLoader(_Loader):
         size = micro_batch or self.micro_batch
         requests = self._requests(start_step, total_steps, size, self.accumulation(size))
         images = self.steps_per_epoch * self.global_batch // self.crops_per_image
-        for batch in self._serve(self._recipe, requests, largest=size):
+        for batch in self._serve(self._plan, requests, largest=size):
             if self._tally is None or batch.epoch != self._tally.epoch:
                 self._end_epoch()
-                self._tally = EpochTally(
-                    batch.epoch, epoch_images=images, max_bad_fraction=self.options.max_bad_fraction
-                )  # fmt: skip
+                most = self.options.max_bad_fraction
+                self._tally = EpochTally(batch.epoch, epoch_images=images, max_bad_fraction=most)
             self._tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
             yield batch
         self._end_epoch()
@@ -393,7 +393,7 @@ class EvalLoader(_Loader):
             open_shards=8,
         )
         self.batch_size = batch_size
-        self._recipe = Recipe(
+        self._plan = BatchPlan(
             order=None,
             transform=CenterCrop(img_size=img_size, crop_pct=crop_pct),
             seed=0,
@@ -420,7 +420,7 @@ class EvalLoader(_Loader):
             Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
         )
-        for batch in self._serve(self._recipe, requests, largest=self.batch_size):
+        for batch in self._serve(self._plan, requests, largest=self.batch_size):
             tally.add(batch.skipped, images=len(batch.images), fallbacks=batch.fallbacks)
             if len(batch.images):
                 yield batch

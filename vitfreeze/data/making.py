@@ -65,7 +65,7 @@ class Ring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class BatchPlan:
     """How batches are made of samples."""
 
     order: EpochOrder | None  # None: in the order of the shards
@@ -80,12 +80,12 @@ class Recipe:
 class BatchMaker(Dataset):
     """Answers requests, each with the slot to fill. Every worker process has a copy."""
 
-    def __init__(self, recipe: Recipe, *, ring: Ring, reader: ShardReader, starts: np.ndarray) -> None:
-        self.recipe = recipe
+    def __init__(self, plan: BatchPlan, *, ring: Ring, reader: ShardReader, starts: np.ndarray) -> None:
+        self.plan = plan
         self.ring = ring
         self.reader = reader
         self.starts = starts
-        self._random = SampleRandom(recipe.seed)
+        self._random = SampleRandom(plan.seed)
 
     def __getitem__(self, numbered: tuple[int, Request]) -> Answer | ShardError:
         try:
@@ -105,13 +105,13 @@ class BatchMaker(Dataset):
                 continue
             sample, used_index, image = found
             fallbacks += image.fell_back
-            for crop in range(self.recipe.crops_per_image):
+            for crop in range(self.plan.crops_per_image):
                 self._random.seek(epoch=request.epoch, sample=index, crop=crop)
-                self.recipe.transform.apply(image.pixels, self._random, images[row])
+                self.plan.transform.apply(image.pixels, self._random, images[row])
                 self._random.fill(noise[row])
                 row += 1
-            keys += [sample.key] * self.recipe.crops_per_image
-            used += [(sample.label, used_index)] * self.recipe.crops_per_image
+            keys += [sample.key] * self.plan.crops_per_image
+            used += [(sample.label, used_index)] * self.plan.crops_per_image
         labels, indices = np.array(used, dtype=np.int64).reshape(-1, 2).T
         return Answer(
             request=request,
@@ -126,11 +126,11 @@ class BatchMaker(Dataset):
 
     def _wanted(self, request: Request) -> list[tuple[int, int, int]]:
         """Return (index, shard, place in the shard) of the request's samples, and let the system begin to read them."""
-        first, last = request.start // self.recipe.crops_per_image, request.stop // self.recipe.crops_per_image
-        if self.recipe.order is None:
+        first, last = request.start // self.plan.crops_per_image, request.stop // self.plan.crops_per_image
+        if self.plan.order is None:
             indices = np.arange(first, last, dtype=np.int64)
         else:
-            indices = self.recipe.order.indices(request.epoch, first, last)
+            indices = self.plan.order.indices(request.epoch, first, last)
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         wanted = list(zip(indices.tolist(), shards.tolist(), (indices - self.starts[shards]).tolist(), strict=True))
         for _, shard, place in wanted:
@@ -149,11 +149,11 @@ class BatchMaker(Dataset):
             ShardError: no sample of the shard is usable.
         """
         length = self.reader.length(shard)
-        for offset in range(length if self.recipe.replace_bad else 1):
+        for offset in range(length if self.plan.replace_bad else 1):
             there = (place + offset) % length
             try:
                 sample = self.reader.sample(shard, there)
-                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.recipe.max_image_pixels)
+                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.plan.max_image_pixels)
                 return sample, index - place + there, image
             except BadSampleError as error:
                 reason = str(error)
@@ -162,7 +162,7 @@ class BatchMaker(Dataset):
                     skipped.append(
                         SkippedSample(index=index, shard=name, key=self.reader.key(shard, place), reason=reason)
                     )
-        if not self.recipe.replace_bad:
+        if not self.plan.replace_bad:
             return None
         raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {reason})")
 
