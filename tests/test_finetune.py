@@ -24,7 +24,7 @@ from vitfreeze.engine.units import plan_groups
 from vitfreeze.export import ARCHITECTURE, timm_arguments
 from vitfreeze.finetune import Finetuning, finetune
 from vitfreeze.model import LocalMIM
-from vitfreeze.pretrained import read_pretrained
+from vitfreeze.pretrained import encoder_weights, read_pretrained
 from vitfreeze.schedule import build_schedule
 from vitfreeze.train import pretrain
 
@@ -310,6 +310,25 @@ def test_weights_of_another_size_are_refused_and_leave_no_folder(
     with pytest.raises(ConfigError, match=r"not with embed_dim 48 there and 96 here, img_size 64 there and 32 here"):
         finetune(make_config(demo_shards, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_positions_are_fitted_to_another_image_size_on_request_only(
+    run_dir: Path, demo_shards: Path, tmp_path: Path
+) -> None:
+    changes = {"model.init_from": str(run_dir), "model.img_size": 96}
+    with pytest.raises(ConfigError, match=r"img_size 64 there and 96 here; .*finetune.resample_positions=true fits"):
+        finetune(make_config(demo_shards, tmp_path / "run", **changes))
+    changes["finetune.resample_positions"] = True
+    model = Finetuning(make_config(demo_shards, tmp_path / "run", **changes)).build_model(is_new=True)
+    before = encoder_weights(read_pretrained(run_dir))
+    assert model.pos_embed.shape == (1, 1 + 12**2, 48)
+    assert torch.equal(model.pos_embed[:, 0], before["pos_embed"][:, 0]), "the class token's stays"
+    # Half as many again in each direction: every second old place lies between two new ones that resemble it.
+    old, new = before["pos_embed"][0, 1:].view(8, 8, 48), model.pos_embed[0, 1:].view(12, 12, 48)
+    likeness = torch.nn.functional.cosine_similarity(old[1::2, 1::2], new[2::3, 2::3], dim=-1)
+    assert likeness.min() > 0.8
+    assert torch.equal(model.blocks[0].attn.qkv.weight, before["blocks.0.attn.qkv.weight"])
+    assert model(torch.zeros(2, 3, 96, 96)).logits.shape == (2, CLASSES)
 
 
 def test_wrong_number_of_classes_is_refused(demo_shards: Path, tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ class FinetuneConfig:
 
     num_classes: int = option(1000, "classes of the labels, numbered from 0")
     global_pool: str = option("avg", "avg: mean of the patches; token: the class token", choices=("avg", "token"))
+    resample_positions: bool = option(False, "fit the positions of model.init_from to another model.img_size")
     drop_path: float = option(0.1, "probability of skipping a residual branch in the last block, rising from 0")
     layer_decay: float = option(0.75, "factor on the learning rate from each layer to the one below it")
     mixup: float = option(0.8, "alpha of mixup; 0: none")

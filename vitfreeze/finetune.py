@@ -8,7 +8,8 @@ patches behind a fresh norm. All of these are timm's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from vitfreeze.classifier import Classifier
@@ -119,7 +121,7 @@ class Finetuning:
             average_decay=settings.model_ema_decay,
         )
         if is_new and self._beginning is not None:
-            model.load_encoder(encoder_weights(self._beginning))
+            model.load_encoder(fit_positions(encoder_weights(self._beginning), model=model))
             logger.info("fine-tuning begins with %s", self._beginning.origin)
         elif is_new:
             logger.warning("fine-tuning begins with random weights, because model.init_from is empty")
@@ -186,6 +188,16 @@ class Finetuning:
         if "ema_top1" in worth:
             lines.insert(2, f"average   {100 * worth['ema_top1']:.2f} % top-1; the exported weights are the average")
         print_closing(self.config, directory, lines)
+
+
+def fit_positions(weights: Mapping[str, Tensor], *, model: Classifier) -> dict[str, Tensor]:
+    """Return the weights with positions for as many patches as the model has, resampled as MAE's fine-tuning does."""
+    positions, wanted = weights["pos_embed"], cast(Tensor, model.pos_embed).shape
+    if positions.shape == wanted:
+        return dict(weights)
+    side = math.isqrt(wanted[1] - 1)
+    logger.info("positions of %d patches are resampled for %d", positions.shape[1] - 1, wanted[1] - 1)
+    return {**weights, "pos_embed": resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=1)}
 
 
 @torch.no_grad()

@@ -158,10 +158,12 @@ def read_beginning(config: Config) -> Pretrained | None:
     mine, theirs = config.model.resolve(), found.size
     names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     pairs = [(name, getattr(theirs, name), getattr(mine, name)) for name in names]
-    pairs.append(("img_size", found.img_size, config.model.img_size))
+    if not config.finetune.resample_positions:
+        pairs.append(("img_size", found.img_size, config.model.img_size))
     differing = [f"{name} {there:g} there and {here:g} here" for name, there, here in pairs if there != here]
     if differing:
-        raise config.error("model.init_from", f"weights of this model's size, not with {', '.join(differing)}")
+        hint = "; to fine-tune, finetune.resample_positions=true fits them" if differing[0].startswith("img") else ""
+        raise config.error("model.init_from", f"weights of this model's size, not with {', '.join(differing)}{hint}")
     if not found.is_finished:
         logger.warning("the run that model.init_from names has not finished: these are its weights at %s", found.origin)
     return found
