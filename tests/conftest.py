@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from drawn_shards import draw_shards
 from processes import built_extensions
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +37,4 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 100 drawn training images and 25 for validation, 64 pixels, 12 classes."""
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "125"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
-    return folder
+    return draw_shards(tmp_path_factory.mktemp("shards") / "demo", samples=125)

@@ -8,14 +8,13 @@ are half of the gains or more.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from drawn_shards import draw_shards
 
 from vitfreeze.assembly import build_model
 from vitfreeze.config import Config, load_config
@@ -27,7 +26,6 @@ from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, read_pretrained
 from vitfreeze.train import pretrain
 
-ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 MARGINS = {"knn": 0.09, "linear": 0.12, "finetune": 0.07, "finetune, t_0 0.8": 0.07}
 FINETUNING = (
@@ -46,10 +44,7 @@ FREEZING = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "demo"
-    command = [sys.executable, "-m", "data_prep", "demo", "--out", str(folder), "--samples", "1000"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
-    return folder
+    return draw_shards(tmp_path_factory.mktemp("shards") / "demo", samples=1000)
 
 
 def judge_features(model: LocalMIM, config: Config) -> dict[str, float]:

@@ -25,11 +25,12 @@ def open_training(
     *,
     transform: Transform | None = None,
     num_classes: int | None = None,
-    check_data: Callable[[], None],
+    check_data: Callable[[TrainLoader], None],
 ) -> TrainLoader:
     """Open the training shards on every rank, and make sure that all ranks mean the same run.
 
-    `check_data` raises what else is wrong with the data; the other arguments are those of `build_train_loader`.
+    `check_data` is given the loader and raises what else is wrong with the data; the other arguments are those of
+    `build_train_loader`.
 
     Raises:
         ConfigError: a setting cannot be used.
@@ -43,7 +44,7 @@ def open_training(
             config, rank=rank, world_size=world_size, transform=transform, num_classes=num_classes
         )  # fmt: skip
         settings = read_settings(read_ds_config(config, processes.device))
-        check_data()
+        check_data(loader)
         return loader, settings.content
 
     if world_size == 1:

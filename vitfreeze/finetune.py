@@ -24,7 +24,7 @@ from torch import Tensor
 from vitfreeze.classifier import Classifier
 from vitfreeze.closing import print_closing
 from vitfreeze.config import Config, choose_task
-from vitfreeze.data import Batch, normalize, open_split
+from vitfreeze.data import Batch, TrainLoader, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.engine import FreezingEngine
@@ -88,7 +88,7 @@ class Finetuning:
         )
         self._micro_batches: tuple[int, int] = (-1, 0)
 
-    def check_data(self) -> None:
+    def check_data(self, loader: TrainLoader) -> None:
         """Make sure that the validation shards are there, and that their labels go with the number of classes."""
         open_split(self.config, "validation", num_classes=self.num_classes)
 

@@ -99,10 +99,10 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
         axis.plot([], [], marker="|", markersize=9, color=INK, linestyle="none", label="a layer freezes")
     steps = _spread(0, schedule.total_steps)
     cosine = [schedule.cosine.learning_rate(step) for step in steps]
-    if isinstance(schedule, FinetuneSchedule):
-        axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label="classifier")
-    elif schedule.heads_lr == "global" or schedule.layers is None:
-        axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label="heads")
+    is_finetuning = isinstance(schedule, FinetuneSchedule)
+    if is_finetuning or schedule.heads_lr == "global" or schedule.layers is None:
+        label = "classifier" if is_finetuning else "heads"
+        axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label=label)
     else:
         axis.plot([], [], color=INK, linestyle="none", label="heads: as the layer of their tap")
     warmup = schedule.cosine.warmup_steps / steps_per_epoch

@@ -14,7 +14,7 @@ from vitfreeze.checkpoint.folder import FOLDER_NAME, sort_checkpoints
 from vitfreeze.classifier import Classifier
 from vitfreeze.closing import close_run
 from vitfreeze.config import Config, settings
-from vitfreeze.data import Batch, check_labels, normalize, open_split
+from vitfreeze.data import Batch, TrainLoader, check_labels, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.evaluate.probe import Probe
@@ -44,8 +44,8 @@ class Task(Protocol):
     transform: Transform | None
     num_classes: int | None
 
-    def check_data(self) -> None:
-        """Make sure, before anything is made, that evaluation can use its data."""
+    def check_data(self, loader: TrainLoader) -> None:
+        """Make sure, before anything is made, that evaluation can use its data; `loader` has the training images."""
 
     def build_model(self, *, is_new: bool) -> LocalMIM | Classifier:
         """Return the model, with the weights that a new run begins with."""
@@ -87,11 +87,11 @@ class Pretraining:
         self._probe: Probe | None = None
         self._shown: Tensor | None = None
 
-    def check_data(self) -> None:
+    def check_data(self, loader: TrainLoader) -> None:
         """Make sure that k-NN will find images and labels; raises ConfigError or ShardError."""
         if self.config.data.val:
-            for split in ("train", "validation"):
-                check_labels(self.config, split)
+            check_labels(self.config, "data.train", loader)
+            check_labels(self.config, "data.val", open_split(self.config, "validation"))
         elif self.config.eval.every.value:
             raise self.config.error("data.val", "labelled shards, because eval.every asks for k-NN on the way")
 

@@ -56,15 +56,16 @@ def measure_drops(
         micro_batch=micro_batch,
     )
     engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))
-    _time_step(engine)  # the first step fills caches and allocates moments
-    full_step = statistics.median(_time_step(engine) for _ in range(steps))
+    images = torch.randn(micro_batch, 3, img_size, img_size, device=engine.device)
+    time_step(engine, images)  # the first step fills caches and allocates moments
+    full_step = statistics.median(time_step(engine, images) for _ in range(steps))
     for frozen_layers in range(1, model.depth + 1):
         event = engine.freeze(frozen_layers, step=frozen_layers)
         assert event is not None, "a drop is due at every call"
         yield DropCost(
             frozen_layers=frozen_layers,
             drop_seconds=event.seconds,
-            step_seconds=statistics.median(_time_step(engine) for _ in range(steps)),
+            step_seconds=statistics.median(time_step(engine, images) for _ in range(steps)),
             drop_in_steps=event.seconds / full_step,
             trainable_parameters=event.trainable_parameters,
             optimizer_state_bytes=event.optimizer_state_bytes,
@@ -87,13 +88,12 @@ def format_drops(costs: Iterable[DropCost], *, as_json: bool = False) -> Iterato
             )
 
 
-def _time_step(engine: FreezingEngine) -> float:
-    size = engine.module.img_size
-    images = torch.randn(engine.micro_batch, 3, size, size, device=engine.device)
+def time_step(engine: FreezingEngine, images: torch.Tensor) -> float:
+    """Return the seconds of one optimizer step, every micro-batch of which is `images`."""
     engine.synchronize()
     started = time.perf_counter()
-    output = engine(images, frozen_layers=engine.frozen_layers)
-    engine.backward(output.loss)
-    engine.step()
+    for _ in range(engine.accumulation):
+        engine.backward(engine(images, frozen_layers=engine.frozen_layers).loss)
+        engine.step()
     engine.synchronize()
     return time.perf_counter() - started

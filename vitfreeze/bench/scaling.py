@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vitfreeze.assembly import build_engine, build_model
+from vitfreeze.bench.freeze import time_step
 from vitfreeze.bench.step import StepTimer, list_versions, name_device
 from vitfreeze.config import Config
 from vitfreeze.doctor.network import bus_bandwidth
@@ -127,22 +128,12 @@ def _measure(timer: StepTimer, engine: FreezingEngine, *, rounds: int, warmup_ro
         torch.distributed.barrier()
         lone_seconds = timer.time_step(engine.frozen_layers).step
         torch.distributed.barrier()
-        seconds = _time_engine(engine, timer.images)
+        seconds = time_step(engine, timer.images)
         if number >= 0:
             alone.append(lone_seconds)
             together.append(seconds)
     means = engine.mean_over_ranks([statistics.median(alone), statistics.median(together)])
     return 1e3 * means[0], 1e3 * means[1]
-
-
-def _time_engine(engine: FreezingEngine, images: torch.Tensor) -> float:
-    engine.synchronize()
-    begin = time.perf_counter()
-    for _ in range(engine.accumulation):
-        engine.backward(engine(images, frozen_layers=engine.frozen_layers).loss)
-        engine.step()
-    engine.synchronize()
-    return time.perf_counter() - begin
 
 
 def _compare(stage: Stage, measured_ms: float) -> ScalingRow:

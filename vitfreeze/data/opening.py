@@ -74,17 +74,19 @@ def open_split(
     )
 
 
-def check_labels(config: Config, split: str) -> None:
-    """Make sure, before a run begins, that k-NN will find labels in a split; remote shards are not fetched for it.
+def check_labels(config: Config, key: str, loader: TrainLoader | EvalLoader) -> None:
+    """Make sure, before a run begins, that k-NN will find labels; those of remote shards are not looked at.
+
+    Args:
+        config: the run.
+        key: the setting that names the shards.
+        loader: of these shards.
 
     Raises:
-        ConfigError: there are none, or the recipe names no shards for the split.
-        ShardError: the shards cannot be read.
+        ConfigError: there are none.
     """
-    loader = open_split(config, split)
     name = loader.shards.names[0]
     if not is_remote(name) and not loader.reader.has_labels(0):
-        key = "data.train" if split == "train" else "data.val"
         raise config.error(key, f"shards whose samples have a .cls member each, to compare by k-NN; {name} has none")
 
 
