@@ -96,7 +96,7 @@ kill_at_once() { signal_groups KILL "$1"; }
 # "finish the step, save, stop". DeepSpeed's launcher would kill them after 30 seconds; here it does not hear of it.
 # Exit status 75 then says: stopped on request with everything saved; the same command goes on.
 run_and_forward_signals() {
-    local status=0 child
+    local status=0 child interrupted=yes
     if [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] && ! nvidia-smi --list-gpus >/dev/null 2>&1; then
         export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # or DeepSpeed warns in every process that it found no GPU
     fi
@@ -107,10 +107,10 @@ run_and_forward_signals() {
     remove_stale_locks
     setsid "$@" &
     child=$!
-    trap 'trap "kill_at_once $child" INT TERM; ask_to_stop "$child"' INT TERM
-    while :; do
+    trap 'interrupted=yes; trap "interrupted=yes; kill_at_once $child" INT TERM; ask_to_stop "$child"' INT TERM
+    while [[ -n $interrupted ]]; do # a trap ends wait with a status of its own, even if the child has ended meanwhile
+        interrupted=''
         wait "$child" && status=0 || status=$?
-        kill -0 "$child" 2>/dev/null || break
     done
     trap - INT TERM
     return "$status"
