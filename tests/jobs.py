@@ -40,7 +40,7 @@ RECIPE: Mapping[str, Mapping[str, Any]] = {
 
 # What a training process imports sooner or later.
 PRELOADED = (
-    "vitfreeze.train",
+    "vitfreeze.training.loop",
     "vitfreeze.cli",
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",
@@ -185,7 +185,7 @@ def _train(arguments: list[str], variables: dict[str, str], log: str, kill: Kill
     # DeepSpeed refuses fp16 on processors without fp16 units; torch computes with it all the same.
     get_accelerator().is_fp16_supported = lambda: True
     from vitfreeze.cli import main
-    from vitfreeze.tasks import Pretraining
+    from vitfreeze.training.pretrain import Pretraining
 
     Pretraining.close = _close_nothing  # type: ignore[method-assign]
     main(arguments)

@@ -14,8 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.convert import from_localmim, from_mae, to_timm
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import LocalMIM, from_localmim, from_mae, to_timm
 
 State = dict[str, Tensor]
 

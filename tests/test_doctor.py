@@ -14,11 +14,8 @@ from typing import Any
 import pytest
 from tiny_shards import write_shards
 
-from vitfreeze.cluster import find_free_port
 from vitfreeze.doctor import Finding, format_findings
-from vitfreeze.doctor.examination import label_hosts
-from vitfreeze.doctor.facts import Gpu, RankFacts
-from vitfreeze.doctor.judgement import (
+from vitfreeze.doctor.checks import (
     FolderProbe,
     Links,
     ShardReading,
@@ -36,6 +33,9 @@ from vitfreeze.doctor.judgement import (
     judge_speed,
     judge_versions,
 )
+from vitfreeze.doctor.facts import Gpu, RankFacts
+from vitfreeze.doctor.run_checks import label_hosts
+from vitfreeze.rendezvous import find_free_port
 
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")

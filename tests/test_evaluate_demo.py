@@ -16,15 +16,15 @@ import pytest
 import torch
 from drawn_shards import draw_shards
 
-from vitfreeze.assembly import build_model
 from vitfreeze.config import Config, load_config
 from vitfreeze.data import open_split
 from vitfreeze.engine import join_processes
 from vitfreeze.evaluate import Features, extract_features, find_best, knn_accuracy, train_linear
-from vitfreeze.finetune import finetune
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, read_pretrained
-from vitfreeze.train import pretrain
+from vitfreeze.training.build import build_model
+from vitfreeze.training.finetune import finetune
+from vitfreeze.training.pretrain import pretrain
 
 SEEDS = (0, 1, 2)
 MARGINS = {"knn": 0.09, "linear": 0.12, "finetune": 0.07, "finetune, t_0 0.8": 0.07}

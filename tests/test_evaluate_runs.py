@@ -20,7 +20,7 @@ from vitfreeze.config import Config, ConfigError, build_config
 from vitfreeze.engine import join_processes
 from vitfreeze.evaluate import EvaluationData, Features, LinearSettings, evaluate_knn, knn_over_ranks, train_linear
 from vitfreeze.evaluate.probe import Probe
-from vitfreeze.train import pretrain
+from vitfreeze.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_probe_is_logged_beside_the_loss(run_dir: Path) -> None:
 def test_probe_is_left_out_above_its_share_of_the_time(
     demo_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vitfreeze.assembly import build_model
+    from vitfreeze.training.build import build_model
 
     config = make_config(demo_shards, tmp_path, **{"eval.max_share": 0.0})
     probe = Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values)
@@ -86,7 +86,7 @@ def test_probe_is_left_out_above_its_share_of_the_time(
 
 
 def test_probe_without_validation_shards_is_refused(demo_shards: Path, tmp_path: Path) -> None:
-    from vitfreeze.assembly import build_model
+    from vitfreeze.training.build import build_model
 
     config = make_config(demo_shards, tmp_path, **{"data.val": []})
     with pytest.raises(ConfigError, match=r"data\.val"):

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitfreeze.assembly import build_engine, build_model
 from vitfreeze.checkpoint import save_checkpoint
 from vitfreeze.config import Config, build_config, dump_config
 from vitfreeze.data import normalize
@@ -24,6 +23,7 @@ from vitfreeze.engine import join_processes
 from vitfreeze.export import ARCHITECTURE, export_run, timm_arguments, to_hugging_face
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, load_encoder, read_pretrained
+from vitfreeze.training.build import build_engine, build_model
 
 SETTINGS = {
     "model.size": "vit_tiny_test",

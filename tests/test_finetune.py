@@ -16,17 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.classifier import Classifier, averaged_weights
 from vitfreeze.config import Config, ConfigError, build_config, choose_task, load_config
-from vitfreeze.convert import to_timm
 from vitfreeze.data import ShardError, normalize, open_split
 from vitfreeze.engine.units import plan_groups
 from vitfreeze.export import ARCHITECTURE, timm_arguments
-from vitfreeze.finetune import Finetuning, finetune
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import Classifier, LocalMIM, averaged_weights, to_timm
 from vitfreeze.pretrained import encoder_weights, read_pretrained
 from vitfreeze.schedule import build_schedule
-from vitfreeze.train import pretrain
+from vitfreeze.training.finetune import Finetuning, finetune
+from vitfreeze.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = MODEL_SIZES["vit_tiny_test"]
@@ -354,7 +352,7 @@ def test_pretraining_refuses_a_recipe_that_looks_like_fine_tuning(tmp_path: Path
 
 
 def test_pretraining_refuses_settings_of_fine_tuning(demo_shards: Path, tmp_path: Path) -> None:
-    from vitfreeze.tasks import Pretraining
+    from vitfreeze.training.pretrain import Pretraining
 
     with pytest.raises(ConfigError, match=r"finetune\.\w+ is .*`vitfreeze pretrain` has no use for it"):
         Pretraining(make_config(demo_shards, tmp_path / "run"))

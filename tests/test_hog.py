@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vitfreeze.hog import histogram_by_comparison, histogram_by_scatter, hog_targets
+from vitfreeze.model.hog import histogram_by_comparison, histogram_by_scatter, hog_targets
 
 
 def random_images(seed: int, *, batch: int = 2, height: int = 24, width: int = 24) -> Tensor:

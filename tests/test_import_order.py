@@ -11,21 +11,10 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *(
-        "architecture",
-        "config",
-        "schedule",
-        "hog",
-        "model",
-        "classifier",
-        "data",
-        "planner",
-        "gpu",
-        "cluster",
-        "engine",
-    ),
-    *("assembly", "convert", "checkpoint", "pretrained", "report", "survival", "plots", "evaluate", "export"),
-    *("closing", "tasks", "run", "train", "finetune", "doctor", "bench", "cli", "__main__"),
+    *("architecture", "config", "schedule", "planner", "report", "gpu"),
+    *("model", "rendezvous", "data", "engine"),
+    *("plots", "checkpoint", "pretrained", "fault_tolerance", "export", "evaluate"),
+    *("training", "doctor", "bench", "cli", "__main__"),
 ]
 TORCH_FREE = {"architecture", "config", "schedule", "planner"}
 

@@ -14,9 +14,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitfreeze.architecture import HEAD_SCALES, active_heads, tap_blocks
-from vitfreeze.convert import to_timm
-from vitfreeze.hog import histogram_by_comparison, hog_targets
-from vitfreeze.model import LocalMIM, sincos_positions
+from vitfreeze.model import to_timm
+from vitfreeze.model.hog import histogram_by_comparison, hog_targets
+from vitfreeze.model.local_mim import LocalMIM, sincos_positions
 
 SMALL: Mapping[str, Any] = {
     "img_size": 32,
@@ -455,9 +455,9 @@ def test_bad_batches_are_refused(images: Tensor, options: dict[str, Any], messag
 
 def test_a_nan_reaches_the_loss_where_checking_would_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, played through on the CPU: no check of values, histogram by comparison."""
-    monkeypatch.setattr("vitfreeze.model.check_images", lambda images: None)
-    monkeypatch.setattr("vitfreeze.hog.check_images", lambda images: None)
-    monkeypatch.setattr("vitfreeze.hog.histogram_by_scatter", histogram_by_comparison)
+    monkeypatch.setattr("vitfreeze.model.local_mim.check_images", lambda images: None)
+    monkeypatch.setattr("vitfreeze.model.hog.check_images", lambda images: None)
+    monkeypatch.setattr("vitfreeze.model.hog.histogram_by_scatter", histogram_by_comparison)
     model = build()
     images, noise = batch(model)
     assert model(images, noise=noise).loss.isfinite()

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.convert import from_localmim
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import LocalMIM, from_localmim
 
 Figures = dict[str, Any]
 SETTINGS = (

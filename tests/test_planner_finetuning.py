@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_planner import SMALL, count_flops, kept_bytes
 
-from vitfreeze.classifier import Classifier
 from vitfreeze.config import ConfigError, load_config
 from vitfreeze.engine.units import plan_groups
+from vitfreeze.model import Classifier
 from vitfreeze.planner import ClassifierCosts, StepTimes, format_plan, plan
 
 CASES: dict[str, dict[str, Any]] = {

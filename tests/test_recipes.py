@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitfreeze.assembly import build_engine
 from vitfreeze.config import RECIPE_FOLDER, load_config
 from vitfreeze.data import build_train_loader, normalize
 from vitfreeze.engine import join_processes
 from vitfreeze.planner import plan
 from vitfreeze.schedule import build_schedule
+from vitfreeze.training.build import build_engine
 
 RECIPES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml") if not path.stem.startswith("finetune"))
 # Ranks, and the sustained TFLOP/s a rank at which the header counts its hours.

@@ -13,8 +13,7 @@ from PIL import Image
 from vitfreeze.data import normalize
 from vitfreeze.evaluate import show_images
 from vitfreeze.evaluate.visual import class_attention, draw_figure, draw_hog, make_panels, read_images, to_pixels
-from vitfreeze.hog import hog_targets
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import LocalMIM, hog_targets
 
 
 @pytest.fixture(scope="module")

@@ -101,8 +101,8 @@ def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser],
 
 def _train(parsed: argparse.Namespace) -> int:
     from vitfreeze.config import load_config
-    from vitfreeze.finetune import finetune
-    from vitfreeze.train import pretrain
+    from vitfreeze.training.finetune import finetune
+    from vitfreeze.training.pretrain import pretrain
 
     train = {"pretrain": pretrain, "finetune": finetune}[parsed.command]
     return train(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from vitfreeze import __version__
 from vitfreeze.architecture import ModelSize
-from vitfreeze.classifier import averaged_weights
-from vitfreeze.convert import to_timm
 from vitfreeze.data import IMAGENET_MEAN, IMAGENET_STD
-from vitfreeze.model import LAYER_NORM_EPS
+from vitfreeze.model import averaged_weights, to_timm
+from vitfreeze.model.local_mim import LAYER_NORM_EPS
 from vitfreeze.pretrained import Pretrained, read_pretrained
 from vitfreeze.report import read_json_lines
 

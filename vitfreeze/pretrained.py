@@ -18,10 +18,8 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
 from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
-from vitfreeze.classifier import averaged_weights
 from vitfreeze.config import Config
-from vitfreeze.convert import from_localmim, from_mae, to_timm
-from vitfreeze.model import LocalMIM, check_state
+from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
 
 TIMM_PREFIX = "timm:"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")

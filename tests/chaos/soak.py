@@ -37,12 +37,12 @@ def soak(folder: Path, *, steps: int, every: int) -> list[dict[str, int]]:
     from jobs import Bench
 
     from vitfreeze.config import load_config
-    from vitfreeze.survival import Keeper
-    from vitfreeze.train import pretrain
+    from vitfreeze.fault_tolerance import RunGuard
+    from vitfreeze.training.pretrain import pretrain
 
     bench = Bench(folder, **SETTINGS)
     config = load_config(bench.recipe, [f"run.dir={folder / 'run'}", f"run.length={steps} steps"])
-    process, samples, end_step = psutil.Process(), list[dict[str, int]](), Keeper.end_step
+    process, samples, end_step = psutil.Process(), list[dict[str, int]](), RunGuard.end_step
 
     def count_hooks(model: torch.nn.Module) -> int:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -50,7 +50,7 @@ def soak(folder: Path, *, steps: int, every: int) -> list[dict[str, int]]:
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
         return hooks + sum(len(getattr(weight, kind) or ()) for weight in model.parameters() for kind in kinds)
 
-    def sampling_end_step(self: Keeper, done: int) -> bool:
+    def sampling_end_step(self: RunGuard, done: int) -> bool:
         stops = end_step(self, done)
         if done % every == 0:
             gc.collect()
@@ -69,11 +69,11 @@ def soak(folder: Path, *, steps: int, every: int) -> list[dict[str, int]]:
             print(json.dumps(samples[-1]), flush=True)
         return stops
 
-    Keeper.end_step = sampling_end_step  # type: ignore[method-assign]
+    RunGuard.end_step = sampling_end_step  # type: ignore[method-assign]
     try:
         status = pretrain(config)
     finally:
-        Keeper.end_step = end_step  # type: ignore[method-assign]
+        RunGuard.end_step = end_step  # type: ignore[method-assign]
     assert status == 0, f"exit status {status}"
     return samples
 

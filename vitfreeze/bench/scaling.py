@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from vitfreeze.assembly import build_engine, build_model
 from vitfreeze.bench.freeze import time_step
 from vitfreeze.bench.step import StepTimer, list_versions, name_device
 from vitfreeze.config import Config
@@ -24,6 +23,7 @@ from vitfreeze.doctor.network import bus_bandwidth
 from vitfreeze.engine import FreezingEngine, join_processes
 from vitfreeze.planner import Plan, Stage, StepTimes, plan
 from vitfreeze.planner.text import format_table
+from vitfreeze.training.build import build_engine, build_model
 
 DEFAULT_STAGES = 5
 

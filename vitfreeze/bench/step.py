@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from vitfreeze import __version__
 from vitfreeze.architecture import MODEL_SIZES, active_heads
-from vitfreeze.hog import hog_targets
-from vitfreeze.model import LAYER_NORM_EPS, LocalMIM
+from vitfreeze.model import hog_targets
+from vitfreeze.model.local_mim import LAYER_NORM_EPS, LocalMIM
 from vitfreeze.planner import ModelCosts
 from vitfreeze.planner.text import format_table
 

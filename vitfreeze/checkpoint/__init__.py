@@ -4,7 +4,7 @@ from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkp
 from vitfreeze.checkpoint.loading import load_checkpoint, read_weights
 from vitfreeze.checkpoint.saving import CheckpointWriter, SaveReport, SaveSchedule, save_checkpoint
 from vitfreeze.checkpoint.start import ADAPTIVE_CHECKS, RESUMED_FROM, RunFolder, Start, choose_start
-from vitfreeze.convert import from_localmim, from_mae
+from vitfreeze.model import from_localmim, from_mae
 
 __all__ = [
     "ADAPTIVE_CHECKS",

@@ -1,13 +1,13 @@
 """Shards -> decoded, augmented batches, in an order that is a function of (seed, epoch)."""
 
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop
+from vitfreeze.data.build import build_train_loader, check_labels, open_split
+from vitfreeze.data.epoch_report import EpochReport, SkippedSample, merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
 from vitfreeze.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
-from vitfreeze.data.opening import build_train_loader, check_labels, open_split
 from vitfreeze.data.order import EpochOrder
-from vitfreeze.data.reporting import EpochReport, SkippedSample, merge_reports
 
 __all__ = [
     "IMAGENET_MEAN",

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
 from vitfreeze.data.downloads import DownloadCache, default_cache_dir, is_remote
+from vitfreeze.data.epoch_report import EpochReport, EpochTally, SkippedSample
 from vitfreeze.data.errors import ShardError
-from vitfreeze.data.making import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 from vitfreeze.data.order import EpochOrder
-from vitfreeze.data.reporting import EpochReport, EpochTally, SkippedSample
 from vitfreeze.data.shards import ShardReader, ShardSet, find_shards
+from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Is this cluster fit to train? Every rank takes part; one table of answers, with a cure for each that is red."""
 
-from vitfreeze.doctor.examination import examine
 from vitfreeze.doctor.findings import Finding, format_findings
+from vitfreeze.doctor.run_checks import examine
 
 __all__ = ["Finding", "examine", "format_findings"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfreeze.cluster import Place, software_versions
+from vitfreeze.rendezvous import Place, software_versions
 
 SHARED_MEMORY = Path("/dev/shm")
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

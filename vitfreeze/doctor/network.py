@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup
 
-from vitfreeze.cluster import Meeting
-from vitfreeze.doctor.judgement import Links
+from vitfreeze.doctor.checks import Links
+from vitfreeze.rendezvous import Rendezvous
 
 CLOCK_READINGS = 5
 # gloo tries each of its addresses for this long; the others then wait for the rank that tries most.
@@ -21,50 +21,50 @@ PATIENCE = 5.0
 GPU_BYTES, CPU_BYTES = 64 * 2**20, 8 * 2**20
 
 
-def compare_clocks(meeting: Meeting) -> list[float]:
+def compare_clocks(rendezvous: Rendezvous) -> list[float]:
     """Return each rank's clock minus that of rank 0 in seconds, from the quickest of some questions (Cristian 1989)."""
-    rank, store, offset = meeting.rank, meeting.store, 0.0
-    for other in range(1, meeting.world_size):
+    rank, store, offset = rendezvous.rank, rendezvous.store, 0.0
+    for other in range(1, rendezvous.world_size):
         if rank == 0:
             for reading in range(CLOCK_READINGS):
                 store.get(f"clock/{other}/{reading}/ask")
                 store.set(f"clock/{other}/{reading}/answer", repr(time.time()))
             store.get(f"clock/{other}/done")
         elif rank == other:
-            offset = _ask_for_time(meeting)
+            offset = _ask_for_time(rendezvous)
             store.set(f"clock/{other}/done", "")
-    return meeting.gather(offset)
+    return rendezvous.gather(offset)
 
 
-def _ask_for_time(meeting: Meeting) -> float:
+def _ask_for_time(rendezvous: Rendezvous) -> float:
     quickest, offset = float("inf"), 0.0
     for reading in range(CLOCK_READINGS):
         before, started = time.time(), time.perf_counter()
-        meeting.store.set(f"clock/{meeting.rank}/{reading}/ask", "")
-        answer = float(meeting.store.get(f"clock/{meeting.rank}/{reading}/answer"))
+        rendezvous.store.set(f"clock/{rendezvous.rank}/{reading}/ask", "")
+        answer = float(rendezvous.store.get(f"clock/{rendezvous.rank}/{reading}/answer"))
         seconds = time.perf_counter() - started
         if reading and seconds < quickest:  # the first also waits for rank 0 to turn to this rank
             quickest, offset = seconds, before + seconds / 2 - answer
     return offset
 
 
-def measure_links(meeting: Meeting, hosts: Sequence[str], *, device: torch.device) -> Links:
+def measure_links(rendezvous: Rendezvous, hosts: Sequence[str], *, device: torch.device) -> Links:
     """Measure all-reduces over all ranks, within nodes and between them; all ranks on CPUs, or each on its GPU."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if meeting.world_size == 1:
+    if rendezvous.world_size == 1:
         return Links(backend=backend, all_ranks=None, within_nodes=None, between_nodes=None)
     figures: tuple[float | None, ...] = (None, None, None)
     error = ""
     try:
         dist.init_process_group(
-            backend, store=PrefixStore("group", meeting.store), rank=meeting.rank, world_size=meeting.world_size,
-            timeout=timedelta(seconds=CONNECT_SECONDS[backend]),
+            backend, store=PrefixStore("group", rendezvous.store), rank=rendezvous.rank,
+            world_size=rendezvous.world_size, timeout=timedelta(seconds=CONNECT_SECONDS[backend]),
         )  # fmt: skip
         figures = _measure_groups(hosts, device)
         dist.destroy_process_group()
     except RuntimeError as caught:
         error = str(caught).strip().splitlines()[0]
-    answers = meeting.gather([error, figures], patience=PATIENCE)
+    answers = rendezvous.gather([error, figures], patience=PATIENCE)
     errors = [f"rank {rank} ({hosts[rank]}): {text}" for rank, (text, _) in enumerate(answers) if text]
     if errors:
         return Links(backend=backend, all_ranks=None, within_nodes=None, between_nodes=None, error=errors[0])

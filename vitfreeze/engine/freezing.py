@@ -26,8 +26,8 @@ from torch import Tensor
 from vitfreeze.architecture import active_heads
 from vitfreeze.config import ConfigError
 from vitfreeze.engine.change import ChangeMeter
-from vitfreeze.engine.incarnation import Estate, Incarnation
 from vitfreeze.engine.processes import check_version, join_processes
+from vitfreeze.engine.session import EngineSession, OptimizerStates
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.engine.slices import GroupState, SliceReader
 from vitfreeze.engine.units import FreezableModel, GroupPlan, is_trained, plan_groups
@@ -321,18 +321,18 @@ class FreezingEngine:
     def _reinitialize(self) -> None:
         """Drop frozen groups: end this DeepSpeed engine, begin one without them, hand over the state of the rest."""
         rates = {plan.name: group["lr"] for plan, group in self._live.groups()}
-        estate, scalars = self._live.bequeath(), self._live.read_scalars()
+        optimizer_states, scalars = self._live.export_optimizer_state(), self._live.read_scalars()
         self._live.destroy()
         del self._live
         self._convert_prefix()
         # The old engine is a web of cycles; it must be gone before the new one hangs its hooks on the parameters.
         gc.collect()
-        self._live = self._initialize(estate)
+        self._live = self._initialize(optimizer_states)
         self._live.write_scalars(scalars)
         for plan, group in self._live.groups():
             group["lr"] = rates[plan.name]
 
-    def _initialize(self, estate: Estate | None = None) -> Incarnation:
+    def _initialize(self, optimizer_states: OptimizerStates | None = None) -> EngineSession:
         plans = self._trained_plans()
         trained = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         planned = [name for plan in plans for name in plan.parameter_names]
@@ -340,7 +340,7 @@ class FreezingEngine:
             raise RuntimeError(
                 f"in groups but not trainable, or the reverse: {sorted(trained.symmetric_difference(planned))}"
             )
-        return Incarnation(
+        return EngineSession(
             self.module,
             plans=plans,
             settings=self.settings,
@@ -349,7 +349,7 @@ class FreezingEngine:
             weight_decay=self._weight_decay,
             micro_batch=self.micro_batch,
             accumulation=self.accumulation,
-            estate=estate,
+            optimizer_states=optimizer_states,
         )
 
     # -- the frozen prefix ---------------------------------------------------------------------------------------

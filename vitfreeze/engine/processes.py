@@ -12,8 +12,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from vitfreeze.cluster import Meeting, Place, join_timeout
 from vitfreeze.gpu import check_build
+from vitfreeze.rendezvous import Place, Rendezvous, join_timeout
 
 log = logging.getLogger(__name__)
 TESTED_SERIES = "0.19."
@@ -58,21 +58,21 @@ def join_processes() -> Processes:
             "MASTER_PORT": str(place.master_port),
         }
         os.environ.update(alone)
-    meeting = None  # kept until torch's own store shares the port
+    rendezvous = None  # kept until torch's own store shares the port
     if place.world_size > 1 and not torch.distributed.is_initialized():
-        meeting = Meeting("join", place=place, timeout=join_timeout())
-        meeting.call_roll()  # torch would wait for a dead node without a word, and not name it in the end
+        rendezvous = Rendezvous("join", place=place, timeout=join_timeout())
+        rendezvous.wait_for_ranks()  # torch would wait for a dead node without a word, and not name it in the end
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"] if os.environ["WORLD_SIZE"] == "1" else "0")
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator.set_device(local_rank)
     device = torch.device(accelerator.current_device_name())
-    with meeting.fail_together() if meeting is not None else nullcontext():
+    with rendezvous.raise_on_all_ranks() if rendezvous is not None else nullcontext():
         check_build(device)
     with redirect_stdout(io.StringIO()) as said:  # stdout is for a command's findings; DeepSpeed names a kernel there
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     log.debug("DeepSpeed said: %s", said.getvalue())
-    del meeting
+    del rendezvous
     return Processes(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),

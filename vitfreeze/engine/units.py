@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitfreeze.classifier import Classifier
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import Classifier, LocalMIM
 from vitfreeze.schedule import FreezeUnit, freeze_units
 
 FreezableModel = LocalMIM | Classifier

@@ -18,7 +18,7 @@ from vitfreeze.architecture import HEAD_SCALES
 from vitfreeze.data import CenterCrop, normalize
 from vitfreeze.data.decoding import decode_image
 from vitfreeze.data.order import SampleRandom
-from vitfreeze.model import HeadPrediction, LocalMIM
+from vitfreeze.model.local_mim import HeadPrediction, LocalMIM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import EncoderCosts, costs_of
 from vitfreeze.report import Meter, Reporter, WaitWatch
 from vitfreeze.schedule import RunSchedule
-from vitfreeze.tasks import Task
+from vitfreeze.training.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What pre-training and fine-tuning do differently, so that one loop in train.py serves both."""
+"""What pre-training and fine-tuning do differently, so that one loop serves both."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.assembly import build_model
 from vitfreeze.checkpoint.folder import FOLDER_NAME, sort_checkpoints
-from vitfreeze.classifier import Classifier
-from vitfreeze.closing import close_run
 from vitfreeze.config import Config, settings
-from vitfreeze.data import Batch, TrainLoader, check_labels, normalize, open_split
+from vitfreeze.data import Batch, TrainLoader
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine
-from vitfreeze.evaluate.probe import Probe
-from vitfreeze.evaluate.visual import draw_figure, make_panels, to_pixels
-from vitfreeze.model import LocalMIM
-from vitfreeze.pretrained import Pretrained, load_encoder, read_pretrained
+from vitfreeze.model import Classifier, LocalMIM
+from vitfreeze.pretrained import Pretrained, read_pretrained
 from vitfreeze.schedule import RunSchedule
 
 logger = logging.getLogger("vitfreeze")
-SHOWN_IMAGES = 4
 
 
 class Task(Protocol):
@@ -66,80 +59,6 @@ class Task(Protocol):
 
     def close(self, directory: Path, engine: FreezingEngine) -> None:
         """Say what the run was worth, on rank 0, after its last step."""
-
-
-class Pretraining:
-    """LocalMIM: reconstruct what is masked.
-
-    Raises:
-        ConfigError: settings of fine-tuning are given, or `model.init_from` cannot be used.
-    """
-
-    description = "pre-training"
-    picture = "reconstruction"
-    transform: Transform | None = None
-    num_classes: int | None = None
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        refuse_settings(config, ("finetune.",), task="pretrain")
-        self._beginning = read_beginning(config)
-        self._probe: Probe | None = None
-        self._shown: Tensor | None = None
-
-    def check_data(self, loader: TrainLoader) -> None:
-        """Make sure that k-NN will find images and labels; raises ConfigError or ShardError."""
-        if self.config.data.val:
-            check_labels(self.config, "data.train", loader)
-            check_labels(self.config, "data.val", open_split(self.config, "validation"))
-        elif self.config.eval.every.value:
-            raise self.config.error("data.val", "labelled shards, because eval.every asks for k-NN on the way")
-
-    def build_model(self, *, is_new: bool) -> LocalMIM:
-        """Return a LocalMIM; a new run begins with `model.init_from`, if that is set."""
-        model = build_model(self.config)
-        if is_new and self._beginning is not None:
-            load_encoder(model, self._beginning.weights)
-            logger.info("pre-training begins with %s", self._beginning.origin)
-        return model
-
-    def forward(
-        self, engine: FreezingEngine, batch: Batch, *, schedule: RunSchedule, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum over the living scales, and the loss of each."""
-        output = engine(
-            normalize(batch.images.to(engine.device, non_blocking=True)),
-            noise=batch.noise.to(engine.device, non_blocking=True),
-            frozen_layers=schedule.frozen_layers(step),
-            scale_weights=schedule.scale_weights(step),
-        )
-        heads = schedule.active_heads(step)
-        return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(heads, output.losses, strict=True)}
-
-    def end_step(self, engine: FreezingEngine) -> None:
-        """Do nothing."""
-
-    def evaluate(self, engine: FreezingEngine) -> dict[str, float]:
-        """Return the k-NN accuracy on held-out images, unless that would take too much of the time."""
-        if self._probe is None:
-            self._probe = Probe(
-                self.config, rank=engine.rank, world_size=engine.world_size, mean_over_ranks=engine.mean_over_ranks
-            )
-        return self._probe.measure(engine.module)
-
-    def draw(self, engine: FreezingEngine) -> Tensor | None:
-        """Return the reconstruction of the same few images, with the same masks, every time."""
-        if engine.rank:
-            return None
-        if self._shown is None:
-            loader = open_split(self.config, "validation" if self.config.data.val else "train")
-            self._shown = next(iter(loader)).images[:SHOWN_IMAGES]
-        panels = make_panels(engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers)
-        return to_pixels(draw_figure(panels))
-
-    def close(self, directory: Path, engine: FreezingEngine) -> None:
-        """Export the encoder, compare it with a random one, plot, and print the closing table."""
-        close_run(self.config, directory, model=engine.module, fresh_model=build_model(self.config))
 
 
 def read_beginning(config: Config) -> Pretrained | None:

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from vitfreeze.architecture import HEAD_SCALES, active_heads, cell_sizes, tap_blocks
-from vitfreeze.hog import check_images, hog_targets
+from vitfreeze.model.hog import check_images, hog_targets
 
 LAYER_NORM_EPS = 1e-6
 # A convolution with one input channel and a 3 x 3 kernel draws its bias from +-1/3 by default. Steps of 1/256 survive

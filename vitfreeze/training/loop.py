@@ -11,41 +11,35 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from vitfreeze.assembly import build_engine, open_training
 from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
-from vitfreeze.config import Config, choose_task
 from vitfreeze.data import Batch
 from vitfreeze.engine import join_processes
-from vitfreeze.planner import fit_micro_batch, format_bytes
-from vitfreeze.report import Meter, Reporter
-from vitfreeze.run import Run
-from vitfreeze.schedule import build_schedule
-from vitfreeze.survival import (
+from vitfreeze.fault_tolerance import (
     EXIT_FAILED,
     EXIT_STOPPED,
-    Keeper,
     RunFailedError,
+    RunGuard,
     load_local_state,
     local_state,
     report_start,
     schedule_state,
 )
-from vitfreeze.tasks import Pretraining, Task
+from vitfreeze.planner import fit_micro_batch, format_bytes
+from vitfreeze.report import Meter, Reporter
+from vitfreeze.schedule import build_schedule
+from vitfreeze.training.build import build_engine, open_training
+from vitfreeze.training.context import Run
+from vitfreeze.training.task import Task
 
 logger = logging.getLogger("vitfreeze")
 
 
-def pretrain(config: Config, *, fresh: bool = False) -> int:
-    """Pre-train as `config` says, from the newest checkpoint if there is one; return the exit status.
+def run_task(task: Task, *, fresh: bool) -> int:
+    """Train from the newest checkpoint if there is one; return the exit status.
 
     Raises:
         ConfigError: a setting cannot be used, or the run folder holds another run.
     """
-    return run_task(Pretraining(choose_task(config, "pretrain")), fresh=fresh)
-
-
-def run_task(task: Task, *, fresh: bool) -> int:
-    """Train from the newest checkpoint if there is one; return the exit status. Errors as `pretrain`."""
     config, processes = task.config, join_processes()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
     loader = open_training(
@@ -91,7 +85,7 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
     saves = SaveSchedule(
         config.checkpoint.every, start_step=start_step, steps_per_epoch=loader.steps_per_epoch, total_steps=total_steps
     )
-    keeper = Keeper(
+    guard = RunGuard(
         run.directory, config=config, engine=engine, reporter=run.reporter, saves=saves, total_steps=total_steps,
         extra=lambda done: {
             "position": loader.position(done), "total_steps": total_steps, RESUMED_FROM: resumed_from,
@@ -99,7 +93,7 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
         },
         local=lambda: local_state(run.meter, engine),
     )  # fmt: skip
-    with keeper:
+    with guard:
         batches: Iterator[Batch] | None = None
         for step in range(start_step, total_steps):
             measure_change(run, step)
@@ -107,7 +101,7 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
             if batches is None or froze:
                 batches = feed(run, step, batches)
             engine.set_learning_rates(schedule.learning_rates(step))
-            take_step(run, step, batches, keeper)
+            take_step(run, step, batches, guard)
             run.reporter.advance()
 
             done = step + 1
@@ -120,7 +114,7 @@ def train(run: Run, *, start_step: int, resumed_from: str) -> bool:
             if shows:
                 run.log_picture(step)
             run.log_epochs(step)
-            if keeper.end_step(done):  # saves when it is due
+            if guard.end_step(done):  # saves when it is due
                 return False
     return True
 
@@ -166,7 +160,7 @@ def feed(run: Run, step: int, batches: Iterator[Batch] | None) -> Iterator[Batch
     return run.loader.batches(step, run.schedule.total_steps, micro_batch=micro_batch)
 
 
-def take_step(run: Run, step: int, batches: Iterator[Batch], keeper: Keeper) -> None:
+def take_step(run: Run, step: int, batches: Iterator[Batch], guard: RunGuard) -> None:
     """Take one optimizer step: forward and backward of every micro-batch, then the update."""
     engine, wait_seconds = run.engine, 0.0
     for _ in range(engine.accumulation):
@@ -176,7 +170,7 @@ def take_step(run: Run, step: int, batches: Iterator[Batch], keeper: Keeper) -> 
         engine.step()
         losses = {"loss": loss, **parts}
         run.meter.add_losses(losses)
-        keeper.losses.add(step, keys=batch.keys, losses=losses)
+        guard.losses.add(step, keys=batch.keys, losses=losses)
         wait_seconds += batch.wait_seconds
     run.task.end_step(engine)
     run.meter.add_step(images=run.config.batch.global_size, wait_seconds=wait_seconds)

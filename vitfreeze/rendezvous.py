@@ -88,7 +88,7 @@ def join_timeout() -> timedelta:
     return timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "10")))
 
 
-class Meeting:
+class Rendezvous:
     """All ranks of a run, meeting through the launcher's store.
 
     Every method is collective: all ranks call the same ones in the same order.
@@ -122,7 +122,7 @@ class Meeting:
         """Number of processes."""
         return self.place.world_size
 
-    def call_roll(self) -> list[str]:
+    def wait_for_ranks(self) -> list[str]:
         """Wait until every rank is there and return the host of each.
 
         Raises:
@@ -166,7 +166,7 @@ class Meeting:
         return values
 
     @contextmanager
-    def fail_together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Run the body on every rank; if it fails on any with bad input, end on all with the same sentence.
 
         Raises:

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from tiny_shards import write_shards
 
-from vitfreeze.cluster import (
+from vitfreeze.config import build_config
+from vitfreeze.rendezvous import (
     ClusterError,
-    Meeting,
     Place,
+    Rendezvous,
     describe_ranks,
     find_free_port,
     fingerprint_shards,
@@ -25,7 +26,6 @@ from vitfreeze.cluster import (
     run_facts,
     software_versions,
 )
-from vitfreeze.config import build_config
 
 
 def place_of(rank: int, *, world_size: int, port: int, local_size: int = 1) -> Place:
@@ -37,7 +37,7 @@ def place_of(rank: int, *, world_size: int, port: int, local_size: int = 1) -> P
 
 def meet(
     world_size: int,
-    talk: Callable[[Meeting], Any],
+    talk: Callable[[Rendezvous], Any],
     *,
     ranks: list[int] | None = None,
     seconds: float = 20,
@@ -51,8 +51,8 @@ def meet(
     def run(rank: int) -> Any:
         try:
             place = place_of(rank, world_size=world_size, port=port, **options)
-            meeting = Meeting("test", place=place, timeout=timedelta(seconds=seconds))
-            return talk(meeting)
+            rendezvous = Rendezvous("test", place=place, timeout=timedelta(seconds=seconds))
+            return talk(rendezvous)
         except ValueError as error:
             return error
         finally:
@@ -63,11 +63,11 @@ def meet(
 
 
 def test_everybody_answers_the_roll() -> None:
-    assert meet(3, lambda meeting: meeting.call_roll()) == [[socket.gethostname()] * 3] * 3
+    assert meet(3, lambda rendezvous: rendezvous.wait_for_ranks()) == [[socket.gethostname()] * 3] * 3
 
 
 def test_missing_ranks_and_their_nodes_are_named() -> None:
-    answers = meet(6, lambda meeting: meeting.call_roll(), ranks=[0, 1, 4, 5], seconds=1, local_size=2)
+    answers = meet(6, lambda rendezvous: rendezvous.wait_for_ranks(), ranks=[0, 1, 4, 5], seconds=1, local_size=2)
     for answer in answers:
         assert isinstance(answer, ClusterError)
         assert "ranks 2-3 of 6 (node 1, counted from 0 in the hostfile) did not start within" in str(answer)
@@ -75,7 +75,7 @@ def test_missing_ranks_and_their_nodes_are_named() -> None:
 
 def test_a_master_that_is_not_there_is_named() -> None:
     port = find_free_port()
-    (answer,) = meet(2, lambda meeting: meeting.call_roll(), ranks=[1], seconds=0.5, port=port)
+    (answer,) = meet(2, lambda rendezvous: rendezvous.wait_for_ranks(), ranks=[1], seconds=0.5, port=port)
     assert isinstance(answer, ClusterError)
     assert f"did not reach rank 0 at 127.0.0.1:{port}" in str(answer)
 
@@ -85,31 +85,31 @@ def test_a_port_in_use_is_named() -> None:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        (answer,) = meet(2, lambda meeting: meeting.call_roll(), ranks=[0], seconds=1, port=port)
+        (answer,) = meet(2, lambda rendezvous: rendezvous.wait_for_ranks(), ranks=[0], seconds=1, port=port)
     assert isinstance(answer, ClusterError)
     assert f"port {port} of {socket.gethostname()} is in use" in str(answer)
 
 
 def test_everybody_gets_what_everybody_gave() -> None:
-    def talk(meeting: Meeting) -> list[Any]:
-        return [meeting.gather({"rank": meeting.rank}), meeting.gather(meeting.rank * 1.5)]
+    def talk(rendezvous: Rendezvous) -> list[Any]:
+        return [rendezvous.gather({"rank": rendezvous.rank}), rendezvous.gather(rendezvous.rank * 1.5)]
 
     assert meet(4, talk) == [[[{"rank": rank} for rank in range(4)], [0.0, 1.5, 3.0, 4.5]]] * 4
 
 
 def test_a_second_meeting_does_not_find_the_first_one() -> None:
-    def talk(meeting: Meeting) -> list[int]:
-        first = meeting.gather(1)
-        again = Meeting("test", place=meeting.place, timeout=timedelta(seconds=20))
+    def talk(rendezvous: Rendezvous) -> list[int]:
+        first = rendezvous.gather(1)
+        again = Rendezvous("test", place=rendezvous.place, timeout=timedelta(seconds=20))
         return [*first, *again.gather(2)]
 
     assert meet(2, talk) == [[1, 1, 2, 2]] * 2
 
 
 def test_bad_input_on_one_rank_ends_all_with_its_sentence() -> None:
-    def talk(meeting: Meeting) -> str:
-        with meeting.fail_together():
-            if meeting.rank == 2:
+    def talk(rendezvous: Rendezvous) -> str:
+        with rendezvous.raise_on_all_ranks():
+            if rendezvous.rank == 2:
                 raise ValueError("shard b.tar does not exist")
         return "went on"
 
@@ -119,21 +119,21 @@ def test_bad_input_on_one_rank_ends_all_with_its_sentence() -> None:
 
 
 def test_bad_input_on_all_ranks_stays_what_it_was() -> None:
-    def talk(meeting: Meeting) -> str:
-        with meeting.fail_together():
-            raise KeyError("never caught") if meeting.rank > 9 else FileNotFoundError(2, "No such file", "x.yaml")
+    def talk(rendezvous: Rendezvous) -> str:
+        with rendezvous.raise_on_all_ranks():
+            raise KeyError("never caught") if rendezvous.rank > 9 else FileNotFoundError(2, "No such file", "x.yaml")
 
     with pytest.raises(FileNotFoundError):
         meet(2, talk)
 
 
 def test_the_same_facts_pass() -> None:
-    assert meet(2, lambda meeting: meeting.check_agreement({"a": "1"})) == [None, None]
+    assert meet(2, lambda rendezvous: rendezvous.check_agreement({"a": "1"})) == [None, None]
 
 
 def test_what_differs_is_named_with_its_ranks() -> None:
-    def talk(meeting: Meeting) -> None:
-        meeting.check_agreement({"freeze.t_0": "0.8" if meeting.rank < 2 else "0.9", "run.seed": "0"})
+    def talk(rendezvous: Rendezvous) -> None:
+        rendezvous.check_agreement({"freeze.t_0": "0.8" if rendezvous.rank < 2 else "0.9", "run.seed": "0"})
 
     host = socket.gethostname()
     for answer in meet(3, talk):

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from vitfreeze.classifier import Classifier
-from vitfreeze.cluster import Meeting, Place, join_timeout, run_facts
 from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine, Processes, best_ds_config, read_settings
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import Classifier, LocalMIM
+from vitfreeze.rendezvous import Place, Rendezvous, join_timeout, run_facts
 
 
 def open_training(
@@ -49,10 +48,12 @@ def open_training(
 
     if world_size == 1:
         return open_all()[0]
-    meeting = Meeting("start", place=Place.from_environment(), timeout=join_timeout())
-    with meeting.fail_together():
+    rendezvous = Rendezvous("start", place=Place.from_environment(), timeout=join_timeout())
+    with rendezvous.raise_on_all_ranks():
         loader, ds_config = open_all()
-    meeting.check_agreement(run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config))
+    rendezvous.check_agreement(
+        run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config)
+    )
     return loader
 
 

@@ -1,4 +1,4 @@
-"""One life of a DeepSpeed engine: from `deepspeed.initialize` to a death that leaves nothing behind."""
+"""One session of a DeepSpeed engine: from `deepspeed.initialize` to an end that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vitfreeze.engine.units import GroupPlan
 
 COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-# What outlives an incarnation: per group name, the optimizer's tensors and their state.
-Estate = dict[str, list[tuple[Tensor, dict[str, Tensor]]]]
+# What outlives a session: per group name, the optimizer's tensors and their state.
+OptimizerStates = dict[str, list[tuple[Tensor, dict[str, Tensor]]]]
 
 
 class _Shell(nn.Module):
@@ -38,12 +38,12 @@ class _Shell(nn.Module):
         return output.loss, output
 
 
-class Incarnation:
+class EngineSession:
     """A DeepSpeed engine with the parameter groups of `plans`, and AdamW as its optimizer.
 
     The optimizer is ours, so the tensors that ZeRO puts into its groups, and their moments, are found through torch's
-    public interface whatever class DeepSpeed wraps around it. With an `estate` it takes over the state of an earlier
-    incarnation; without one its moments are zero.
+    public interface whatever class DeepSpeed wraps around it. With `optimizer_states` it takes over the state of an
+    earlier session; without them its moments are zero.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Incarnation:
         weight_decay: float,
         micro_batch: int,
         accumulation: int,
-        estate: Estate | None = None,
+        optimizer_states: OptimizerStates | None = None,
     ) -> None:
         self.plans = plans
         self.settings = settings
@@ -85,10 +85,10 @@ class Incarnation:
         )
         if len(self.optimizer.param_groups) != len(plans):
             raise RuntimeError(f"DeepSpeed kept {len(self.optimizer.param_groups)} of {len(plans)} parameter groups")
-        if estate is None:
+        if optimizer_states is None:
             create_moments(self.optimizer)
         else:
-            self._inherit(estate)
+            self._import_optimizer_state(optimizer_states)
 
     @property
     def is_partitioned(self) -> bool:
@@ -155,7 +155,7 @@ class Incarnation:
             for name, value in scalars["loss_scaler"].items():
                 setattr(scaler, name, value)
 
-    def bequeath(self) -> Estate:
+    def export_optimizer_state(self) -> OptimizerStates:
         """Return every group's tensors and state, by group name."""
         return {
             plan.name: [(tensor, dict(self.optimizer.state[tensor])) for tensor in group["params"]]
@@ -163,15 +163,15 @@ class Incarnation:
         }
 
     @torch.no_grad()
-    def _inherit(self, estate: Estate) -> None:
-        """Take over master weights and moments; ZeRO cuts a group alike in every life, so this is local to a rank."""
+    def _import_optimizer_state(self, optimizer_states: OptimizerStates) -> None:
+        """Take over master weights and moments; ZeRO cuts a group alike in every session, so this is local to a rank."""
         for plan, group in self.groups():
-            for tensor, (ancestor, state) in zip(group["params"], estate[plan.name], strict=True):
-                if tensor.shape != ancestor.shape:
+            for tensor, (earlier, state) in zip(group["params"], optimizer_states[plan.name], strict=True):
+                if tensor.shape != earlier.shape:
                     raise RuntimeError(
-                        f"{plan.name}: ZeRO now gives this rank {tensor.numel()} elements, before {ancestor.numel()}"
+                        f"{plan.name}: ZeRO now gives this rank {tensor.numel()} elements, before {earlier.numel()}"
                     )
-                tensor.copy_(ancestor)
+                tensor.copy_(earlier)
                 self.optimizer.state[tensor] = state
 
     def destroy(self) -> None:

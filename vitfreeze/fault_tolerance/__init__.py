@@ -1,26 +1,26 @@
 """What a run does about requests to stop, hangs, losses that are not finite, and saving in time."""
 
-from vitfreeze.survival.keeper import (
+from vitfreeze.fault_tolerance.guard import (
     EXIT_FAILED,
     EXIT_HUNG,
     EXIT_STOPPED,
-    Keeper,
+    RunGuard,
     load_local_state,
     local_state,
     report_start,
     schedule_state,
 )
-from vitfreeze.survival.losses import LossGuard, RunFailedError
-from vitfreeze.survival.signals import StopSignals
-from vitfreeze.survival.watchdog import Watchdog
+from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
+from vitfreeze.fault_tolerance.signals import StopSignals
+from vitfreeze.fault_tolerance.watchdog import Watchdog
 
 __all__ = [
     "EXIT_FAILED",
     "EXIT_HUNG",
     "EXIT_STOPPED",
-    "Keeper",
     "LossGuard",
     "RunFailedError",
+    "RunGuard",
     "StopSignals",
     "Watchdog",
     "load_local_state",

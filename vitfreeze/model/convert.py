@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES
-from vitfreeze.model import check_state
+from vitfreeze.model.local_mim import check_state
 
 _ENCODER = re.compile(r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|blocks\.\d+\..+")
 _SOBEL = torch.tensor(

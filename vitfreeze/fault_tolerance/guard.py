@@ -16,12 +16,12 @@ from torch import Tensor
 from vitfreeze.checkpoint import ADAPTIVE_CHECKS, CheckpointWriter, SaveReport, SaveSchedule, Start
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
+from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
+from vitfreeze.fault_tolerance.signals import StopSignals
+from vitfreeze.fault_tolerance.watchdog import Watchdog
 from vitfreeze.planner import format_bytes
 from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import RunSchedule
-from vitfreeze.survival.losses import LossGuard, RunFailedError
-from vitfreeze.survival.signals import StopSignals
-from vitfreeze.survival.watchdog import Watchdog
 
 logger = logging.getLogger("vitfreeze")
 
@@ -40,7 +40,7 @@ class Orders:
     failed_ranks: tuple[int, ...]
 
 
-class Keeper:
+class RunGuard:
     """Saves in time, stops on request, finds hangs and spoiled losses; a context manager that every rank enters.
 
     Args:
@@ -83,7 +83,7 @@ class Keeper:
         self._group: Any = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
         self._parts = ExitStack()
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> RunGuard:
         self._parts.enter_context(self.signals)
         self._parts.enter_context(self.watchdog)
         return self

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from vitfreeze.architecture import ModelSize
-from vitfreeze.model import LAYER_NORM_EPS, check_state, sincos_positions
+from vitfreeze.model.local_mim import LAYER_NORM_EPS, check_state, sincos_positions
 
 # MAE's and LocalMIM's fine-tuning begin with a classifier that says next to nothing.
 _HEAD_STD = 2e-5

@@ -15,7 +15,7 @@ import pytest
 import torch
 from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_lines, read_losses
 
-from vitfreeze.survival import EXIT_HUNG, EXIT_STOPPED, LossGuard, StopSignals, Watchdog
+from vitfreeze.fault_tolerance import EXIT_HUNG, EXIT_STOPPED, LossGuard, StopSignals, Watchdog
 
 pytestmark = pytest.mark.distributed
 

@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from vitfreeze.classifier import Classifier
-from vitfreeze.closing import print_closing
 from vitfreeze.config import Config, choose_task
 from vitfreeze.data import Batch, TrainLoader, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.export import export_run
+from vitfreeze.model import Classifier
 from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
 from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import RunSchedule
-from vitfreeze.tasks import read_beginning, refuse_settings
-from vitfreeze.train import run_task
+from vitfreeze.training.loop import run_task
+from vitfreeze.training.summary import print_closing
+from vitfreeze.training.task import read_beginning, refuse_settings
 
 logger = logging.getLogger("vitfreeze")
 

@@ -14,12 +14,9 @@ from pathlib import Path
 
 import torch
 
-from vitfreeze.cluster import Meeting, Place, fingerprint_shards, group_ranks
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import TrainLoader, build_train_loader
-from vitfreeze.doctor.facts import RankFacts, look_around
-from vitfreeze.doctor.findings import Finding
-from vitfreeze.doctor.judgement import (
+from vitfreeze.doctor.checks import (
     FolderProbe,
     ShardReading,
     judge_batch,
@@ -36,9 +33,12 @@ from vitfreeze.doctor.judgement import (
     judge_speed,
     judge_versions,
 )
+from vitfreeze.doctor.facts import RankFacts, look_around
+from vitfreeze.doctor.findings import Finding
 from vitfreeze.doctor.network import compare_clocks, measure_links
 from vitfreeze.gpu import is_built_for
 from vitfreeze.planner import Plan, costs_of, plan
+from vitfreeze.rendezvous import Place, Rendezvous, fingerprint_shards, group_ranks
 
 # Of the rate of large matrix products, what a whole training step of a ViT reaches when it is well tuned.
 STEP_SHARE_OF_PRODUCTS = 0.4
@@ -96,10 +96,10 @@ def examine(
         ClusterError: the ranks do not all come together.
     """
     place = Place.from_environment()
-    meeting = Meeting("doctor", place=place, timeout=timeout)
-    hosts = label_hosts(meeting.call_roll(), local_size=place.local_size)
+    rendezvous = Rendezvous("doctor", place=place, timeout=timeout)
+    hosts = label_hosts(rendezvous.wait_for_ranks(), local_size=place.local_size)
     own = look_around(place)
-    everyone = [RankFacts.from_json(facts) for facts in meeting.gather(own.to_json())]
+    everyone = [RankFacts.from_json(facts) for facts in rendezvous.gather(own.to_json())]
     facts = [replace(rank, host=host) for rank, host in zip(everyone, hosts, strict=True)]
     findings = [judge_ranks(facts), judge_versions(facts), judge_gpus(facts)]
     need, batch = find_need(config, facts, place=place, images_per_second=images_per_second)
@@ -114,8 +114,8 @@ def examine(
         )
     )
     findings.append(judge_speed(facts, precision=precision or "fp32"))
-    findings.append(judge_clocks(compare_clocks(meeting), hosts))
-    links = measure_links(meeting, hosts, device=choose_device(facts, place))
+    findings.append(judge_clocks(compare_clocks(rendezvous), hosts))
+    links = measure_links(rendezvous, hosts, device=choose_device(facts, place))
     findings.append(
         judge_links(
             links,
@@ -127,7 +127,7 @@ def examine(
     findings.append(
         judge_shared_memory(facts, needed_bytes=need.shared_memory_bytes * place.local_size if need else None)
     )
-    findings += examine_files(config, need, meeting, hosts, seconds=seconds)
+    findings += examine_files(config, need, rendezvous, hosts, seconds=seconds)
     return findings
 
 
@@ -175,7 +175,7 @@ def find_need(
 
 
 def examine_files(
-    config: Config | None, need: Need | None, meeting: Meeting, hosts: Sequence[str], *, seconds: float
+    config: Config | None, need: Need | None, rendezvous: Rendezvous, hosts: Sequence[str], *, seconds: float
 ) -> list[Finding]:
     """Examine shards, run folder and disk."""
     if config is None:
@@ -188,13 +188,13 @@ def examine_files(
     elif not config.data.train:
         shards = Finding(check="shards", fit=False, found="the recipe names none", cure="data.train=FOLDER")
     else:
-        answers = meeting.gather(asdict(read_shards(config, meeting.place, seconds=seconds)))
+        answers = rendezvous.gather(asdict(read_shards(config, rendezvous.place, seconds=seconds)))
         shards = judge_shards(
             [ShardReading(**answer) for answer in answers], hosts,
             needed_images_per_second=need.images_per_second, basis=need.basis,
         )  # fmt: skip
     folder = Path(config.run.dir or f"runs/{config.recipe}")
-    probes = probe_folder(folder, meeting)
+    probes = probe_folder(folder, rendezvous)
     saved = need.saved_bytes if need else None
     return [shards, judge_run_folder(probes, hosts, folder=str(folder)), judge_disk(probes, needed_bytes=saved)]
 
@@ -225,11 +225,11 @@ def time_reading(loader: TrainLoader, *, seconds: float) -> float:
     return rate
 
 
-def probe_folder(folder: Path, meeting: Meeting) -> list[FolderProbe]:
+def probe_folder(folder: Path, rendezvous: Rendezvous) -> list[FolderProbe]:
     """Write a file in the run folder on every rank, and look for that of rank 0; what was made is removed again."""
     existed = folder.is_dir()
-    name = meeting.gather(f".doctor-{os.getpid()}-{time.time_ns()}")[0]  # rank 0's word
-    mine = folder / f"{name}-{meeting.rank}"
+    name = rendezvous.gather(f".doctor-{os.getpid()}-{time.time_ns()}")[0]  # rank 0's word
+    mine = folder / f"{name}-{rendezvous.rank}"
     error, free = "", 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,11 +237,11 @@ def probe_folder(folder: Path, meeting: Meeting) -> list[FolderProbe]:
         free = shutil.disk_usage(folder).free
     except OSError as caught:
         error = f"{folder}: {caught.strerror}"
-    meeting.gather("written")
+    rendezvous.gather("written")
     sees = (folder / f"{name}-0").is_file()
-    answers = meeting.gather([error, sees, free])
+    answers = rendezvous.gather([error, sees, free])
     mine.unlink(missing_ok=True)
-    meeting.gather("removed")
+    rendezvous.gather("removed")
     if not existed:
         with suppress(OSError):  # not empty, or another rank was quicker
             folder.rmdir()

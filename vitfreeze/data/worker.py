@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.decoding import DecodedImage, decode_image
 from vitfreeze.data.downloads import cut_query
+from vitfreeze.data.epoch_report import SkippedSample
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.order import EpochOrder, SampleRandom
-from vitfreeze.data.reporting import SkippedSample
 from vitfreeze.data.shards import Sample, ShardReader
 
 
