@@ -164,7 +164,7 @@ class EngineSession:
 
     @torch.no_grad()
     def _import_optimizer_state(self, optimizer_states: OptimizerStates) -> None:
-        """Take over master weights and moments; ZeRO cuts a group alike in every session, so this is local to a rank."""
+        """Take over master weights and moments; ZeRO cuts a group alike in every session: local to a rank."""
         for plan, group in self.groups():
             for tensor, (earlier, state) in zip(group["params"], optimizer_states[plan.name], strict=True):
                 if tensor.shape != earlier.shape:
