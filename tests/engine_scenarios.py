@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
+from layers import head_of, layer_of
 from torch import Tensor
 from toy_model import ToyModel
 
@@ -112,7 +113,7 @@ def take_step(engine: FreezingEngine, step: int, *, images: Tensor | None = None
     losses, micro = [], engine.micro_batch
     for index in range(engine.accumulation):
         start = (index * engine.world_size + engine.rank) * micro
-        output = engine(images[start : start + micro], frozen_layers=engine.frozen_layers, **settings)
+        output = engine(images[start : start + micro], **settings)
         losses.append(float(output.loss.detach()))
         engine.backward(output.loss)
         assert engine.step() == (index == engine.accumulation - 1)
@@ -245,7 +246,7 @@ def train_in_plain_torch() -> dict[str, Tensor]:
 
 def _units(model: ToyModel) -> dict[str, str]:
     return {
-        name: f"layer_{model.layer_of(name):02d}" if model.head_of(name) is None else f"head_{model.head_of(name)}"
+        name: f"layer_{layer_of(name):02d}" if head_of(name) is None else f"head_{head_of(name)}"
         for name, _ in model.named_parameters()
     }
 
@@ -394,7 +395,7 @@ def train_local_mim(
         for index in range(engine.accumulation):
             first = (index * engine.world_size + engine.rank) * engine.micro_batch
             chosen = slice(first, first + engine.micro_batch)
-            output = engine(pictures_of(step)[chosen], noise=noise[chosen], frozen_layers=frozen)
+            output = engine(pictures_of(step)[chosen], noise=noise[chosen])
             engine.backward(output.loss)
             engine.step()
     result = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import head_of, layer_of
 from torch import nn
 
 from vitfreeze.bench.step import _MasterAdamW, format_step_benchmark, run_step_benchmark
@@ -69,9 +70,9 @@ def test_the_optimizer_moves_only_what_has_a_gradient(dtype: torch.dtype) -> Non
         model(torch.randn(2, 3, 32, 32), frozen_layers=3).loss.backward()
         optimizer.step()
     moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
-    frozen = {name for name in before if (model.layer_of(name) or 9) <= 2 and not name.startswith("heads")}
-    frozen |= {name for name in before if model.layer_of(name) == 0}
-    frozen |= {name for name in before if model.head_of(name) in (0, 2)}  # depth 4 taps blocks 2, 4, 2 and 4
+    frozen = {name for name in before if (layer_of(name) or 9) <= 2 and not name.startswith("heads")}
+    frozen |= {name for name in before if layer_of(name) == 0}
+    frozen |= {name for name in before if head_of(name) in (0, 2)}  # depth 4 taps blocks 2, 4, 2 and 4
     assert moved.isdisjoint(frozen)
     assert {"blocks.2.attn.qkv.weight", "heads.1.decoder.embed.weight"} <= moved
     assert all(weight.grad is None for weight in model.parameters())

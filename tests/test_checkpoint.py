@@ -29,7 +29,6 @@ from vitfreeze.checkpoint import (
 from vitfreeze.config import Config, Duration, OptimConfig
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import LocalMIM
-from vitfreeze.schedule import freeze_units
 
 DS_CONFIG = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0}
 
@@ -43,13 +42,12 @@ def build_engine(frozen_layers: int = 0, seed: int = 0) -> FreezingEngine:
 def train(engine: FreezingEngine, first: int, last: int) -> list[float]:
     """Take steps first..last; a layer freezes every second step."""
     losses = []
-    units = freeze_units(engine.module.depth, cls_token=True, patch_embed=True)
     for step in range(first, last):
         engine.freeze(min(4, step // 2), step=step)
-        engine.set_learning_rates({unit.name: 1e-2 for unit in units})
+        engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-2))
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(2, 3, 32, 32, generator=generator)
-        output = engine(images, noise=torch.rand(2, 16, generator=generator), frozen_layers=engine.frozen_layers)
+        output = engine(images, noise=torch.rand(2, 16, generator=generator))
         engine.backward(output.loss)
         engine.step()
         losses.append(float(output.loss.detach()))

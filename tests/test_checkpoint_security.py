@@ -18,7 +18,7 @@ import torch
 from tiny_shards import write_shards
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.checkpoint import choose_start, folder, load_checkpoint, save_checkpoint
+from vitfreeze.checkpoint import folder, load_checkpoint, save_checkpoint
 from vitfreeze.config import Config, load_config
 from vitfreeze.data import ReadOptions, TrainLoader
 from vitfreeze.engine import FreezingEngine, Processes
@@ -26,6 +26,7 @@ from vitfreeze.engine.settings import read_settings
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import read_pretrained
 from vitfreeze.report import read_json_lines
+from vitfreeze.training.start import choose_start
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 DS_CONFIG = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0}

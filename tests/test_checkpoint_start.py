@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.checkpoint import CheckpointError, RunFolder, Start, choose_start, save_checkpoint
+from vitfreeze.checkpoint import CheckpointError, save_checkpoint
 from vitfreeze.config import Config, ConfigError, FreezeConfig, ResumeConfig, RunConfig
 from vitfreeze.engine import FreezingEngine, Processes
 from vitfreeze.model import LocalMIM
+from vitfreeze.training.start import RunFolder, Start, choose_start
+from vitfreeze.training.state import read_adaptive_checks
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -164,4 +166,4 @@ def test_adaptive_checks_come_from_the_checkpoint_not_from_the_log(engine: Freez
     save_checkpoint(tmp_path, step=4, engine=engine, config=Config(), extra={"adaptive_checks": [check]}, keep=1)
     later = {**check, "step": 6, "frozen_layers": 2}
     (tmp_path / "events.jsonl").write_text(json.dumps(check) + "\n" + json.dumps(later) + "\n")
-    assert start(Config(), tmp_path).events == (check,)
+    assert read_adaptive_checks(start(Config(), tmp_path).checkpoint) == (check,)

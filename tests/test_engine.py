@@ -10,6 +10,7 @@ from typing import Any
 import engine_scenarios as scenarios
 import pytest
 import torch
+from layers import head_of, layer_of
 from processes import run_ranks
 from toy_model import ToyModel
 
@@ -59,7 +60,7 @@ def groups_at(frozen_layers: int) -> dict[str, int]:
     """Numbers of elements of the groups that train, found without the engine."""
     model, sizes = ToyModel(), {}
     for name, parameter in model.named_parameters():
-        layer, head = model.layer_of(name), model.head_of(name)
+        layer, head = layer_of(name), head_of(name)
         leaves_with = layer if head is None else tap_blocks(model.depth)[head]
         if leaves_with >= frozen_layers:
             unit = f"layer_{layer:02d}" if head is None else f"head_{head}"
@@ -339,7 +340,6 @@ def test_larger_micro_batches_change_nothing_but_rounding(ranks: list[dict[str, 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_change_of_layers_is_the_same_on_all_ranks(ranks: list[dict[str, Any]], stage: int) -> None:
-    model = ToyModel()
     for measure in ("weight", "gradient"):
         readings = [rank["changes"][f"{stage}-{measure}"]["readings"] for rank in ranks]
         assert readings[0] == readings[1]
@@ -350,7 +350,7 @@ def test_change_of_layers_is_the_same_on_all_ranks(ranks: list[dict[str, Any]], 
     seen = ranks[0]["changes"][f"{stage}-weight"]
     before, after = seen["weights"]
     for layer, change in enumerate(seen["readings"][1]):
-        names = [name for name in before if model.layer_of(name) == layer]
+        names = [name for name in before if layer_of(name) == layer]
         moved = sum(float((after[name] - before[name]).double().square().sum()) for name in names)
         size = sum(float(before[name].double().square().sum()) for name in names)
         assert change == pytest.approx(math.sqrt(moved / size), rel=1e-4)

@@ -59,7 +59,7 @@ def run_dir(config: Config, images: Tensor, tmp_path_factory: pytest.TempPathFac
         engine.set_learning_rates(
             dict.fromkeys((f"layer_{i:02d}" for i in range(9)), 1e-3) | {f"head_{i}": 1e-3 for i in range(4)}
         )
-        output = engine(images, frozen_layers=3)
+        output = engine(images)
         engine.backward(output.loss)
         engine.step()
     save_checkpoint(directory, step=2, engine=engine, config=config, extra={"total_steps": 10}, keep=1)

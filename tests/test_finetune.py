@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from layers import layer_of
 from processes import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -107,7 +108,7 @@ def test_frozen_prefix_has_no_gradient_and_leaves_the_others_theirs(images: Tens
         model(images, targets=targets, frozen_layers=frozen_layers).loss.backward()
         gradients[frozen_layers] = {name: x.grad for name, x in model.named_parameters()}
     for name, gradient in gradients[3].items():
-        layer = model.layer_of(name)
+        layer = layer_of(name)
         if layer is not None and layer < 3:
             assert gradient is None, name
         else:
@@ -189,7 +190,7 @@ def test_average_keeps_float32_beside_half_weights(images: Tensor) -> None:
 def test_layer_decay_as_in_mae(demo_shards: Path, tmp_path: Path) -> None:
     config = make_config(demo_shards, tmp_path / "run", **{"freeze.mode": "off", "finetune.layer_decay": 0.5})
     schedule = build_schedule(choose_task(config, "finetune"), steps_per_epoch=10)
-    rates = schedule.learning_rates(5)
+    rates = schedule.at(5).learning_rates
     whole = schedule.cosine.learning_rate(5)
     assert rates["classifier"] == whole
     assert rates["layer_08"] == pytest.approx(whole / 2)
@@ -200,8 +201,8 @@ def test_layer_decay_as_in_mae(demo_shards: Path, tmp_path: Path) -> None:
 def test_freezing_is_freezeout_times_the_decay(demo_shards: Path, tmp_path: Path) -> None:
     schedule = build_schedule(choose_task(make_config(demo_shards, tmp_path / "run"), "finetune"), steps_per_epoch=10)
     assert schedule.layers is not None
-    assert schedule.learning_rates(4)["layer_03"] == pytest.approx(schedule.layers.learning_rate(3, 4) * 0.75**6)
-    assert schedule.frozen_layers(11) > schedule.frozen_layers(4)
+    assert schedule.at(4).learning_rates["layer_03"] == pytest.approx(schedule.layers.learning_rate(3, 4) * 0.75**6)
+    assert schedule.at(11).frozen_layers > schedule.at(4).frozen_layers
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------

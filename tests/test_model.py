@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import head_of, layer_of
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitfreeze.architecture import HEAD_SCALES, active_heads, tap_blocks
+from vitfreeze.engine.units import assign_units
 from vitfreeze.model import to_timm
 from vitfreeze.model.hog import histogram_by_comparison, hog_targets
 from vitfreeze.model.local_mim import LocalMIM, sincos_positions
@@ -213,7 +215,7 @@ def test_frozen_prefix_equals_no_grad_by_hand(frozen_layers: int) -> None:
     assert all(weight.requires_grad for weight in model.parameters())
     output = model(images, noise=noise, frozen_layers=frozen_layers)
     losses = plain_losses(model, images, noise, frozen_layers=frozen_layers)
-    heads = active_heads(frozen_layers, depth=DEPTH)
+    heads = active_heads(model.units, frozen_layers)
     assert output.heads == heads == tuple(losses)
     torch.testing.assert_close(output.losses, tuple(losses.values()), rtol=1e-5, atol=0)
     torch.testing.assert_close(output.loss, torch.stack(list(losses.values())).sum(), rtol=1e-5, atol=0)
@@ -231,7 +233,7 @@ def test_frozen_prefix_equals_no_grad_by_hand(frozen_layers: int) -> None:
 def expected_to_train(model: LocalMIM, frozen_layers: int) -> set[str]:
     names = set()
     for name, _ in model.named_parameters():
-        layer, head = model.layer_of(name), model.head_of(name)
+        layer, head = layer_of(name), head_of(name)
         position = tap_blocks(DEPTH)[head] if head is not None else layer
         assert position is not None
         if position >= frozen_layers:
@@ -399,23 +401,17 @@ def test_compiled_parts_survive_a_longer_prefix() -> None:
 # ------------------------------------------------------------------ names and bad input
 
 
-def test_layers_and_heads_by_name() -> None:
-    model = build(hog_bias=True)
-    names = [name for name, _ in model.named_parameters()]
-    layers = {model.layer_of(name) for name in names}
-    assert layers == {None, *range(DEPTH + 1)}
-    for name in names:
-        assert (model.layer_of(name) is None) == (model.head_of(name) is not None) == name.startswith("heads.")
-    assert model.layer_of("cls_token") == model.layer_of("pos_embed") == model.layer_of("patch_embed.proj.bias") == 0
-    assert model.layer_of("blocks.5.mlp.fc1.weight") == 6
-    assert model.head_of("heads.3.norm.weight") == 3
-    assert model.layer_of("hog_bias") is model.head_of("hog_bias") is None
-    for wrong in ("blocks.7.norm1.weight", "norm.weight", "blocks.x"):
-        with pytest.raises(ValueError, match="no parameter of this model is named"):
-            model.layer_of(wrong)
-    for wrong in ("heads.4.norm.weight", "heads.x.norm.weight", "head"):
-        with pytest.raises(ValueError, match="no parameter of this model is named"):
-            model.head_of(wrong)
+@pytest.mark.parametrize("apart", [(), ("cls_token",), ("cls_token", "patch_embed")])
+def test_units_own_every_parameter_once(apart: tuple[str, ...]) -> None:
+    model = build(hog_bias=True, **{f"freeze_{name}": False for name in apart})
+    units = assign_units([name for name, _ in model.named_parameters()], model.freeze_units())
+    assert set(units.values()) == set(model.units)
+    for name, unit in units.items():
+        own = name.split(".")[0] in apart
+        assert (unit.layer, unit.head) == ((None, None) if own else (layer_of(name), head_of(name))), name
+        assert unit.feeds_layers == own
+        leaves_with = layer_of(name) if unit.head is None else tap_blocks(DEPTH)[unit.head]
+        assert unit.leaves_with == (None if own else leaves_with)
 
 
 def bad_pixel(value: float) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layers import head_of
 
 from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.model import LocalMIM, from_localmim
@@ -105,7 +106,7 @@ def test_parameter_counts(shared_dir: Path, size: str) -> None:
     encoder = norms = 0
     decoders = [0] * 4
     for name, weight in model.named_parameters():
-        head = model.head_of(name)
+        head = head_of(name)
         if head is None:
             encoder += weight.numel()
         elif name.startswith(f"heads.{head}.norm."):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import head_of, layer_of
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
@@ -32,7 +33,7 @@ from vitfreeze.planner import (
     solve_targets,
 )
 from vitfreeze.planner.costs import Product, _block, _linear
-from vitfreeze.schedule import FreezeSchedule, freeze_units
+from vitfreeze.schedule import FreezeSchedule
 
 SMALL = ModelSize(patch_size=16, embed_dim=192, depth=12, num_heads=3, decoder_embed_dim=128, decoder_num_heads=4)
 
@@ -167,17 +168,19 @@ def test_checkpointing_keeps_little() -> None:
 def test_group_sizes_are_those_of_the_model(freeze_cls_token: bool, freeze_patch_embed: bool) -> None:
     costs = small_costs(freeze_cls_token=freeze_cls_token, freeze_patch_embed=freeze_patch_embed, hog_nbins=18)
     model = build_model(costs)
-    counted: dict[str, int] = {}
+    counted: dict[tuple[str, str], int] = {}
     for name, parameter in model.named_parameters():
-        layer, head = model.layer_of(name), model.head_of(name)
+        layer, head = layer_of(name), head_of(name)
         unit = f"head_{head}" if head is not None else f"layer_{layer:02d}"
         if (name == "cls_token" and not freeze_cls_token) or (layer == 0 and "." in name and not freeze_patch_embed):
             unit = name.split(".")[0]
         kind = "decay" if parameter.ndim > 1 and not name.endswith(".bias") else "no_decay"
-        counted[f"{unit}.{kind}"] = counted.get(f"{unit}.{kind}", 0) + parameter.numel()
-    assert costs.group_parameters == counted
-    units = {unit.name for unit in freeze_units(12, cls_token=freeze_cls_token, patch_embed=freeze_patch_embed)}
-    assert {name.partition(".")[0] for name in counted} == units
+        counted[unit, kind] = counted.get((unit, kind), 0) + parameter.numel()
+    for name, parameters in costs.unit_parameters.items():
+        assert parameters.decay == counted.pop((name, "decay"))
+        assert parameters.no_decay == counted.pop((name, "no_decay"), 0)
+    assert not counted
+    assert set(costs.unit_parameters) == {unit.name for unit in costs.units}
 
 
 def test_parameters_are_the_published_ones(shared_dir: Path) -> None:
@@ -185,11 +188,9 @@ def test_parameters_are_the_published_ones(shared_dir: Path) -> None:
         size = MODEL_SIZES[name.removeprefix("MIM_")]
         costs = small_costs(size=size, img_size=224, hog_nbins=counts["hog_nbins"])
         assert costs.parameters == costs.trainable_parameters(0) == counts["trainable"]
-        assert costs.encoder_parameters == counts["encoder_with_cls"]
-        heads = [
-            sum(count for group, count in costs.group_parameters.items() if group.startswith(f"head_{head}."))
-            for head in range(4)
-        ]
+        sizes = {name: parameters.decay + parameters.no_decay for name, parameters in costs.unit_parameters.items()}
+        heads = [sizes[f"head_{head}"] for head in range(4)]
+        assert sum(sizes.values()) - sum(heads) == counts["encoder_with_cls"]
         assert heads == [decoder + 2 * size.embed_dim for decoder in counts["decoders"]]
         assert counts["norms"] == 4 * 2 * size.embed_dim
 

@@ -32,18 +32,22 @@ def write_run(folder: Path, config: Config, *, upto: int = 120) -> Path:
     schedule = build_schedule(config, steps_per_epoch=STEPS_PER_EPOCH)
     stages = {stage.frozen_layers: stage for stage in plan(config, steps_per_epoch=STEPS_PER_EPOCH).stages}
     lines = []
+    for step in range(upto):
+        if schedule.adaptive is not None and schedule.adaptive.is_check(step):
+            schedule.adaptive.record(step, changes=None)
     # Every four steps, at the end of the run, and before each freeze.
     logged = {*range(4, upto + 1, 4), *(step for step, _ in schedule.prefix_changes() if step <= upto)}
     for step in sorted(logged):
-        frozen = schedule.frozen_layers(step - 1)
+        now = schedule.at(step - 1)
         losses = {scale: 0.3 - step / 1000 for scale, head in (("4", 0), ("2", 1), ("1", 2), ("0.5", 3))
-                  if head in schedule.active_heads(step - 1)}  # fmt: skip
+                  if head in now.heads}  # fmt: skip
         lines.append(
             {
                 "step": step, "epoch": step / STEPS_PER_EPOCH, "loss": sum(losses.values()), "losses": losses,
-                "lr": schedule.learning_rates(step - 1), "frozen_layers": frozen, "data_wait_fraction": 0.02,
-                "images_per_second": 100 / stages[frozen].relative_cost, "gradient_elements": 1,
-                "optimizer_state_bytes": stages[frozen].optimizer_state_bytes, "loss_scale": 1.0, "world_size": 1,
+                "lr": now.learning_rates, "frozen_layers": now.frozen_layers, "data_wait_fraction": 0.02,
+                "images_per_second": 100 / stages[now.frozen_layers].relative_cost, "gradient_elements": 1,
+                "optimizer_state_bytes": stages[now.frozen_layers].optimizer_state_bytes,
+                "loss_scale": 1.0, "world_size": 1,
             }
         )  # fmt: skip
     folder.mkdir(parents=True)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitfreeze import cli
-from vitfreeze.architecture import active_heads
 from vitfreeze.config import load_config
 from vitfreeze.planner import ModelCosts
 from vitfreeze.schedule import build_schedule
@@ -62,9 +61,11 @@ def test_run_freezes_layers_and_reports_each(job: tuple[Path, subprocess.Complet
     schedule = build_schedule(config, steps_per_epoch=100 // 16)
     depth = config.model.resolve().depth
     freezes = [event for event in read_lines(run_dir / "events.jsonl") if event["event"] == "freeze"]
-    assert [layer for event in freezes for layer in event["layers"]] == list(range(schedule.frozen_layers(STEPS - 1)))
-    assert schedule.frozen_layers(STEPS - 1) > (depth + 1) / 2
-    assert len(active_heads(schedule.frozen_layers(STEPS - 1), depth=depth)) <= 2
+    assert [layer for event in freezes for layer in event["layers"]] == list(
+        range(schedule.at(STEPS - 1).frozen_layers)
+    )
+    assert schedule.at(STEPS - 1).frozen_layers > (depth + 1) / 2
+    assert len(schedule.at(STEPS - 1).heads) <= 2
     for event in freezes:
         assert output.count(f"step {event['step']}: froze layer {event['layers'][0]}") == 1
     sizes = [event["optimizer_state_bytes"] for event in freezes]
@@ -88,7 +89,7 @@ def test_frozen_weights_do_not_move_by_one_bit(job: tuple[Path, subprocess.Compl
     last = saved[STEPS]
     compared = 0
     for step, weights in saved.items():
-        for layer in range(schedule.frozen_layers(step)):
+        for layer in range(schedule.at(step).frozen_layers):
             prefixes = ("cls_token", "patch_embed.") if layer == 0 else (f"blocks.{layer - 1}.",)
             names = [name for name in weights if name.startswith(prefixes)]
             assert names

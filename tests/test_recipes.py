@@ -132,7 +132,7 @@ def take_two_steps(recipe: str, folder: Path) -> Trained:
         engine.set_learning_rates(schedule.learning_rates(step + 1))
         for _ in range(engine.accumulation):
             batch = next(batches)
-            output = engine(normalize(batch.images), noise=batch.noise, frozen_layers=0)
+            output = engine(normalize(batch.images), noise=batch.noise)
             assert output.loss.dtype == torch.float32
             engine.backward(output.loss)
             engine.step()

@@ -20,8 +20,8 @@ from vitfreeze.schedule import (
     FreezeSchedule,
     build_schedule,
     decide_frozen_layers,
-    freeze_units,
     interpolate_weights,
+    localmim_units,
 )
 
 PAPER = {"num_layers": 13, "t_0": 0.8, "how": "cubic", "scale_lr": True, "base_lr": 1e-3}
@@ -196,37 +196,40 @@ def test_cosine_has_warmup_and_minimum() -> None:
         CosineSchedule(total_steps=110, warmup_steps=10, base_lr=1.0, min_lr=2)
 
 
-def test_units_hold_every_layer_and_head_once_last_to_freeze_first() -> None:
-    units = freeze_units(12)
-    assert [unit.name for unit in units][:6] == ["head_3", "layer_12", "layer_11", "head_2", "layer_10", "layer_09"]
-    assert [unit.name for unit in units][-4:] == ["head_0", "layer_02", "layer_01", "layer_00"]
+def test_units_hold_every_layer_and_head_once_first_to_freeze_first() -> None:
+    units = localmim_units(12)
+    assert [unit.name for unit in units][:4] == ["layer_00", "layer_01", "layer_02", "head_0"]
+    assert [unit.name for unit in units][-6:] == ["layer_09", "layer_10", "head_2", "layer_11", "layer_12", "head_3"]
     assert len(units) == 13 + 4
-    apart = freeze_units(12, cls_token=False)
-    assert (apart[0].name, apart[0].leaves_with) == ("cls_token", None)
-    assert apart[1:] == units
+    apart = localmim_units(12, cls_token=False)
+    assert (apart[-1].name, apart[-1].leaves_with) == ("cls_token", None)
+    assert apart[:-1] == units
     # With neither parameter in it there is no layer 0 to drop.
-    assert {unit.name for unit in freeze_units(12, cls_token=False, patch_embed=False)} >= {"cls_token", "patch_embed"}
-    assert "layer_00" not in {unit.name for unit in freeze_units(12, cls_token=False, patch_embed=False)}
+    assert {unit.name for unit in localmim_units(12, cls_token=False, patch_embed=False)} >= {
+        "cls_token",
+        "patch_embed",
+    }
+    assert "layer_00" not in {unit.name for unit in localmim_units(12, cls_token=False, patch_embed=False)}
 
 
 def test_the_run_gives_every_unit_its_rate() -> None:
     run = build_schedule(configure(), steps_per_epoch=625)
     assert run.layers is not None
     step = run.layers.freeze_step(4)
-    rates = run.learning_rates(step)
+    rates = run.at(step).learning_rates
     assert set(rates) == {unit.name for unit in run.units}
-    assert run.frozen_layers(step) == 5
-    assert run.active_heads(step) == (2, 3)
+    assert run.at(step).frozen_layers == 5
+    assert run.at(step).heads == (2, 3)
     assert [rates[name] for name in ("layer_04", "head_1", "head_0", "layer_00")] == [0.0] * 4
     assert rates["layer_05"] == run.layers.learning_rate(5, step) > 0
     assert rates["head_2"] == rates["head_3"] == run.cosine.learning_rate(step)
     # The head of the tap that has not frozen yet goes on with the layers before it frozen.
-    assert run.learning_rates(step - 1)["head_1"] == run.cosine.learning_rate(step - 1)
+    assert run.at(step - 1).learning_rates["head_1"] == run.cosine.learning_rate(step - 1)
 
 
 def test_heads_may_follow_their_layer() -> None:
     run = build_schedule(configure(freeze__heads_lr="layer"), steps_per_epoch=625)
-    rates = run.learning_rates(9000)
+    rates = run.at(9000).learning_rates
     assert rates["head_0"] == rates["layer_02"]
     assert rates["head_3"] == rates["layer_12"]
     assert rates["head_0"] > rates["head_3"]
@@ -235,16 +238,16 @@ def test_heads_may_follow_their_layer() -> None:
 def test_parameters_kept_out_of_layer_0_train_to_the_end() -> None:
     run = build_schedule(configure(freeze__cls_token=False, freeze__patch_embed=False), steps_per_epoch=625)
     last = run.total_steps - 1
-    rates = run.learning_rates(last)
+    rates = run.at(last).learning_rates
     assert rates["cls_token"] == rates["patch_embed"] == run.cosine.learning_rate(last) > 0
 
 
 def test_mode_off_is_one_cosine_for_everything() -> None:
     run = build_schedule(configure(freeze__mode="off", optim__min_lr=1e-5), steps_per_epoch=625)
     for step in (0, 3000, 6250, 40000, 62499):
-        assert set(run.learning_rates(step).values()) == {run.cosine.learning_rate(step)}
-        assert run.frozen_layers(step) == 0
-    assert run.learning_rates(run.total_steps)["layer_00"] == pytest.approx(1e-5)
+        assert set(run.at(step).learning_rates.values()) == {run.cosine.learning_rate(step)}
+        assert run.at(step).frozen_layers == 0
+    assert run.at(run.total_steps).learning_rates["layer_00"] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("warmup", ["6250 steps", "10 epochs", 0.1, "10%"])
@@ -278,9 +281,9 @@ def test_scale_weights_follow_straight_lines() -> None:
     assert interpolate_weights(rows, share_of_run=0.4) == pytest.approx((0.5, 1, 1.5, 1))
     assert interpolate_weights(rows, share_of_run=0.9) == (0, 1, 2, 1)
     run = build_schedule(configure(loss__scale_weights=[[0.5, [1, 1, 1, 1]], [1, [3, 1, 1, 1]]]), steps_per_epoch=625)
-    assert run.scale_weights(0) is None
-    assert run.scale_weights(46875) == pytest.approx((2, 1, 1, 1))
-    assert build_schedule(configure(), steps_per_epoch=625).scale_weights(46875) is None
+    assert run.at(0).scale_weights is None
+    assert run.at(46875).scale_weights == pytest.approx((2, 1, 1, 1))
+    assert build_schedule(configure(), steps_per_epoch=625).at(46875).scale_weights is None
 
 
 # Adaptive freezing ----------------------------------------------------------------------------------------------------
@@ -391,16 +394,16 @@ def test_adaptive_run_follows_the_cosine_until_it_freezes() -> None:
     for check in range(1, CHECKS_PER_WINDOW + 1):
         run.adaptive.record(check * every, changes=[1e-4] * 3 + [1.0] * 10)
     step = CHECKS_PER_WINDOW * every
-    assert run.frozen_layers(step - 1) == 0
-    assert run.frozen_layers(step) == 3
-    rates = run.learning_rates(step)
+    assert run.at(step - 1).frozen_layers == 0
+    assert run.at(step).frozen_layers == 3
+    rates = run.at(step).learning_rates
     assert rates["layer_02"] == rates["head_0"] == 0.0
     assert rates["layer_03"] == rates["head_1"] == run.cosine.learning_rate(step)
     events = [check.to_event() for check in run.adaptive.log]
-    assert build_schedule(config, steps_per_epoch=625, events=events).learning_rates(step) == rates
+    assert build_schedule(config, steps_per_epoch=625, events=events).at(step).learning_rates == rates
 
 
 @pytest.mark.parametrize("depth", [4, 5, 6, 7, 12, 24])
 def test_every_head_is_a_unit(depth: int) -> None:
-    names = [unit.name for unit in freeze_units(depth)]
+    names = [unit.name for unit in localmim_units(depth)]
     assert sorted(names) == sorted([f"head_{k}" for k in range(4)] + [f"layer_{i:02d}" for i in range(depth + 1)])

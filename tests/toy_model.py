@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitfreeze.architecture import active_heads, tap_blocks
+from vitfreeze.architecture import FreezeUnit, active_heads, localmim_units, tap_blocks
 
 
 class ToyOutput(NamedTuple):
@@ -44,27 +44,22 @@ class ToyEmbed(nn.Module):
 class ToyModel(nn.Module):
     """Widths that divide by nothing, so that ZeRO has to pad and to cut parameters in two."""
 
-    freeze_cls_token = True
-    freeze_patch_embed = True
-
     def __init__(self, *, width: int = 7, depth: int = 8, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.depth = depth
+        self.units = localmim_units(depth)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.patch_embed = ToyEmbed(width)
         self.blocks = nn.ModuleList(ToyBlock(width) for _ in range(depth))
         self.heads = nn.ModuleList(ToyHead(width) for _ in range(4))
 
-    def layer_of(self, name: str) -> int | None:
-        kind, *rest = name.split(".")
-        return {"cls_token": 0, "patch_embed": 0, "blocks": int(rest[0]) + 1 if kind == "blocks" else 0}.get(kind)
-
-    def head_of(self, name: str) -> int | None:
-        return int(name.split(".")[1]) if name.startswith("heads.") else None
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
+    def freeze_units(self) -> dict[FreezeUnit, list[str]]:
+        owned: dict[FreezeUnit, list[str]] = {}
+        for unit in self.units:
+            name = f"heads.{unit.head}" if unit.head is not None else f"blocks.{unit.leaves_with - 1}"
+            owned[unit] = [name] if unit.leaves_with else ["cls_token", "patch_embed"]
+        return owned
 
     def forward(self, images: Tensor, *, frozen_layers: int = 0) -> ToyOutput:
         """Take images of shape (B, width); targets are their first five values in other units."""
@@ -77,7 +72,7 @@ class ToyModel(nn.Module):
                 else:
                     block = self.blocks[number - 1]
                     x = block(x.to(block.fc.weight.dtype))
-            for head in active_heads(frozen_layers, depth=self.depth):
+            for head in active_heads(self.units, frozen_layers):
                 if taps[head] == number:
                     losses.append(self.heads[head](x.to(self.heads[head].pred.weight.dtype), target))
         return ToyOutput(torch.stack(losses).sum(), tuple(losses))

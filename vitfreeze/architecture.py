@@ -1,4 +1,4 @@
-"""Geometry of a LocalMIM Vision Transformer: sizes, taps, heads and cell sizes. No torch.
+"""Geometry of a LocalMIM Vision Transformer: sizes, taps, heads, cell sizes, and the units that freeze. No torch.
 
 The model, the planner and the configuration all read these facts from here, so that a plan can be
 printed without loading torch and still describe exactly the model that will be built.
@@ -6,7 +6,7 @@ printed without loading torch and still describe exactly the model that will be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -57,13 +57,66 @@ def tap_blocks(depth: int) -> tuple[int, ...]:
     return (2, 4, depth - 2, depth)
 
 
-def active_heads(frozen_layers: int, *, depth: int) -> tuple[int, ...]:
-    """Return the indices of the heads that still train when the first `frozen_layers` layers are frozen.
+@dataclass(frozen=True, kw_only=True)
+class FreezeUnit:
+    """Parameters that share a learning rate and leave training together. Frozen layers are always a prefix.
 
-    Layer b is block b (1-based) and layer 0 the patch embedding, so the block under a tap b is frozen, and
-    its head gone, as soon as `frozen_layers` exceeds b.
+    Attributes:
+        name: of the unit; its parameter groups are `<name>.decay` and `<name>.no_decay`.
+        leaves_with: the layer whose freezing takes it out of training; None: it trains to the end.
+        layer: the freezable layer that it is: 0 embeds patches, i is block i. None: it is none.
+        head: the head of LocalMIM that it is; None: it is none.
+        feeds_layers: it trains to the end below layers that freeze, so the backward pass runs through all of them.
     """
-    return tuple(head for head, tap in enumerate(tap_blocks(depth)) if frozen_layers <= tap)
+
+    name: str
+    leaves_with: int | None = None
+    layer: int | None = None
+    head: int | None = None
+    feeds_layers: bool = False
+
+    def trains(self, frozen_layers: int) -> bool:
+        """Say whether the unit still trains when the first `frozen_layers` layers are frozen."""
+        return self.leaves_with is None or frozen_layers <= self.leaves_with
+
+
+def localmim_units(depth: int, *, cls_token: bool = True, patch_embed: bool = True) -> tuple[FreezeUnit, ...]:
+    """Return the freeze units of an encoder with `depth` blocks and of its four heads, first to freeze first.
+
+    layer_00 is the patch embedding with the class token, layer_i block i, head_k the norm and decoder of head
+    k. If `cls_token` or `patch_embed` is false, that parameter does not freeze with layer 0: it becomes a unit
+    of its own that trains to the end, as the class token does in the authors' code.
+    """
+    taps = tap_blocks(depth)
+    units = []
+    for layer in _layer_units(depth):
+        if layer.layer != 0 or cls_token or patch_embed:
+            units.append(layer)
+        # Two heads tap the same block of an encoder with 4 or 6 blocks.
+        heads = (head for head in reversed(range(len(taps))) if taps[head] == layer.layer)
+        units += [FreezeUnit(name=f"head_{head}", leaves_with=layer.layer, head=head) for head in heads]
+    units += [FreezeUnit(name="cls_token", feeds_layers=True)] if not cls_token else []
+    units += [FreezeUnit(name="patch_embed", feeds_layers=True)] if not patch_embed else []
+    return tuple(units)
+
+
+def classifier_units(depth: int) -> tuple[FreezeUnit, ...]:
+    """Return the freeze units of an encoder that is fine-tuned; its classifier trains to the end."""
+    return (*_layer_units(depth), FreezeUnit(name="classifier"))
+
+
+def _layer_units(depth: int) -> list[FreezeUnit]:
+    return [FreezeUnit(name=f"layer_{layer:02d}", leaves_with=layer, layer=layer) for layer in range(depth + 1)]
+
+
+def count_layers(units: Iterable[FreezeUnit]) -> int:
+    """Return how many layers can freeze: one more than the highest."""
+    return 1 + max((unit.layer for unit in units if unit.layer is not None), default=-1)
+
+
+def active_heads(units: Iterable[FreezeUnit], frozen_layers: int) -> tuple[int, ...]:
+    """Return the heads of LocalMIM that still train when the first `frozen_layers` layers are frozen, finest first."""
+    return tuple(sorted(unit.head for unit in units if unit.head is not None and unit.trains(frozen_layers)))
 
 
 def cell_sizes(*, img_size: int, patch_size: int) -> tuple[int, ...]:

@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitfreeze.architecture import tap_blocks
+from vitfreeze.architecture import FreezeUnit, count_layers
 from vitfreeze.config import Config, ConfigError, load_config
 from vitfreeze.planner import Comparison, Plan, compare_run, is_comparable, plan
 from vitfreeze.report import read_json_lines
-from vitfreeze.schedule import FinetuneSchedule, RunSchedule, build_schedule
+from vitfreeze.schedule import RunSchedule, build_schedule, units_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def plot_run(run_dir: Path, path: Path) -> Path:
     figure, axes = _new_figure(rows=rows, columns=2, size=(12, 3.25 * rows), heights=(1,) * rows)
     steps = [line["step"] for line in metrics]
     _draw_losses(axes[0][0], axes[0][1], metrics)
-    _draw_logged_rates(axes[1][0], metrics, depth=config.model.resolve().depth)
+    _draw_logged_rates(axes[1][0], metrics, units=units_of(config))
     _draw_staircase(axes[1][1], steps, [line["frozen_layers"] for line in metrics], label="frozen layers")
     axes[1][1].set_ylim(0, config.model.resolve().num_layers)
     _draw_series(axes[2][0], steps, [line["images_per_second"] for line in metrics], label="images per second")
@@ -85,13 +85,12 @@ def plot_run(run_dir: Path, path: Path) -> Path:
 
 
 def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> None:
-    depth = schedule.depth
-    colors = _layer_colors(depth + 1)
-    for layer in range(depth + 1):
-        steps = _sample_steps(schedule, layer)
-        name = f"layer_{layer:02d}"
-        rates = [_rate_of(schedule, name, step) for step in steps]
-        axis.plot([step / steps_per_epoch for step in steps], rates, color=colors(layer), linewidth=1.4)
+    colors = _layer_colors(schedule.num_layers)
+    for unit in schedule.units:
+        if unit.layer is not None:
+            steps = _sample_steps(schedule, unit.layer)
+            rates = [schedule.learning_rate(unit, step) for step in steps]
+            axis.plot([step / steps_per_epoch for step in steps], rates, color=colors(unit.layer), linewidth=1.4)
     frozen_at = [(step / steps_per_epoch, frozen - 1) for step, frozen in schedule.prefix_changes()]
     for epoch, layer in frozen_at:
         axis.plot(epoch, 0, marker="|", markersize=9, color=colors(layer), clip_on=False)
@@ -99,9 +98,9 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
         axis.plot([], [], marker="|", markersize=9, color=INK, linestyle="none", label="a layer freezes")
     steps = _spread(0, schedule.total_steps)
     cosine = [schedule.cosine.learning_rate(step) for step in steps]
-    is_finetuning = isinstance(schedule, FinetuneSchedule)
-    if is_finetuning or schedule.heads_lr == "global" or schedule.layers is None:
-        label = "classifier" if is_finetuning else "heads"
+    has_heads = any(unit.head is not None for unit in schedule.units)
+    if not has_heads or schedule.heads_lr == "global" or schedule.layers is None:
+        label = "heads" if has_heads else "classifier"
         axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label=label)
     else:
         axis.plot([], [], color=INK, linestyle="none", label="heads: as the layer of their tap")
@@ -114,15 +113,7 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
         axis.text(warmup / 2, 0.97, "warm-up", transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
     axis.set_ylabel("learning rate")
     axis.legend(loc="upper right", frameon=False)
-    _add_layer_bar(axis, depth)
-
-
-def _rate_of(schedule: RunSchedule, name: str, step: int) -> float:
-    """Rate of a layer, also of layer 0 when it has no parameters of its own left."""
-    rates = schedule.learning_rates(step)
-    if name in rates:
-        return rates[name]
-    return schedule.layers.learning_rate(0, step) if schedule.layers is not None else rates["cls_token"]
+    _add_layer_bar(axis, schedule.num_layers - 1)
 
 
 def _sample_steps(schedule: RunSchedule, layer: int) -> list[int]:
@@ -180,23 +171,22 @@ def _draw_accuracy(axis: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylabel("validation accuracy (%)")
 
 
-def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, depth: int) -> None:
-    colors = _layer_colors(depth + 1)
-    for layer in range(depth + 1):
-        name = f"layer_{layer:02d}"
-        lines = [line for line in metrics if line["lr"].get(name, 0.0) > 0]
-        rates = [line["lr"][name] for line in lines]
-        axis.plot([line["step"] for line in lines], rates, color=colors(layer), linewidth=1.2)
-    rest, label = f"head_{len(tap_blocks(depth)) - 1}", "heads"
-    if "classifier" in metrics[-1]["lr"]:
-        rest, label = "classifier", "classifier"
-    lines = [line for line in metrics if rest in line["lr"]]
-    rates = [line["lr"][rest] for line in lines]
+def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, units: Sequence[FreezeUnit]) -> None:
+    colors = _layer_colors(count_layers(units))
+    for unit in units:
+        if unit.layer is not None:
+            lines = [line for line in metrics if line["lr"].get(unit.name, 0.0) > 0]
+            rates = [line["lr"][unit.name] for line in lines]
+            axis.plot([line["step"] for line in lines], rates, color=colors(unit.layer), linewidth=1.2)
+    rest = [unit for unit in units if unit.layer is None and not unit.feeds_layers][-1]
+    lines = [line for line in metrics if rest.name in line["lr"]]
+    rates = [line["lr"][rest.name] for line in lines]
+    label = "classifier" if rest.head is None else "heads"
     axis.plot([line["step"] for line in lines], rates, color=INK, linestyle="--", linewidth=1.2, label=label)
     axis.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize="small")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")
-    _add_layer_bar(axis, depth)
+    _add_layer_bar(axis, count_layers(units) - 1)
 
 
 def _draw_series(axis: Axes, steps: Sequence[int], values: Sequence[float], *, label: str) -> None:

@@ -14,11 +14,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
-from vitfreeze.architecture import active_heads, tap_blocks
+from vitfreeze.architecture import FreezeUnit, active_heads, classifier_units, count_layers, localmim_units
 from vitfreeze.config import Config, Duration, StepCounts, count_steps
 
 POWERS: Mapping[str, int] = MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
@@ -167,35 +168,6 @@ def _check_step(step: int, *, total_steps: int) -> None:
         raise ValueError(f"step {step} lies outside the run, whose steps are 0 to {total_steps}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FreezeUnit:
-    """Parameters that share a learning rate and leave the optimizer together.
-
-    `leaves_with` is the encoder layer whose freezing takes the unit out of training; None: it trains to the end.
-    """
-
-    name: str
-    leaves_with: int | None
-
-
-def freeze_units(depth: int, *, cls_token: bool = True, patch_embed: bool = True) -> tuple[FreezeUnit, ...]:
-    """Return the freeze units of an encoder with `depth` blocks and of its four heads, last to freeze first.
-
-    layer_00 is the patch embedding with the class token, layer_i block i, head_k the norm and decoder of head
-    k. If `cls_token` or `patch_embed` is false, that parameter does not freeze with layer 0: it becomes a unit
-    of its own that trains to the end, as the class token does in the authors' code.
-    """
-    taps = tap_blocks(depth)
-    units = [FreezeUnit(name="patch_embed", leaves_with=None)] if not patch_embed else []
-    units += [FreezeUnit(name="cls_token", leaves_with=None)] if not cls_token else []
-    for layer in reversed(range(depth + 1)):
-        # Two heads tap the same block of an encoder with 4 or 6 blocks.
-        units += [FreezeUnit(name=f"head_{k}", leaves_with=layer) for k, tap in enumerate(taps) if tap == layer]
-        if layer > 0 or cls_token or patch_embed:
-            units.append(FreezeUnit(name=f"layer_{layer:02d}", leaves_with=layer))
-    return tuple(units)
-
-
 def interpolate_weights(rows: Sequence[tuple[float, tuple[float, ...]]], *, share_of_run: float) -> tuple[float, ...]:
     """Return the weights of the scales at a share of the run: straight lines between rows, level outside them."""
     after = bisect_right([share for share, _ in rows], share_of_run)
@@ -297,6 +269,20 @@ class AdaptiveFreezing:
         position = bisect_right(self._log, step, key=lambda check: check.step)
         return self._log[position - 1].frozen_layers if position else 0
 
+    def check_known(self, step: int) -> None:
+        """Make sure that the log says what is frozen at `step`.
+
+        Raises:
+            ValueError: it depends on a check that has not been made.
+        """
+        newest = self._log[-1].step if self._log else 0
+        due = (newest // self.check_every_steps + 1) * self.check_every_steps
+        if step >= due:
+            raise ValueError(
+                f"what is frozen at step {step} is not known yet: adaptive freezing measures the layers every "
+                f"{self.check_every_steps} steps, the newest check was at step {newest}, and the next is due at {due}"
+            )
+
     def is_check(self, step: int) -> bool:
         """Say whether the layers are to be measured at the start of `step`: a check that the log does not hold yet."""
         due = step > 0 and step % self.check_every_steps == 0
@@ -337,102 +323,117 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSchedule:
-    """Everything that a training loop asks of its step: learning rates, frozen layers, active heads, loss weights.
+class ScheduledStep:
+    """All that a step of a run needs to know, computed from the settings and the number of the step alone.
 
-    mode schedule: encoder layers follow `layers` (FreezeOut), all else `cosine`. mode off: everything follows
-    `cosine` and nothing freezes. mode adaptive: everything follows `cosine` until `adaptive` freezes it.
+    Attributes:
+        step: number of the optimizer step, counted from 0.
+        frozen_layers: length of the frozen prefix.
+        heads: heads of LocalMIM that train, finest first; none in fine-tuning.
+        scale_weights: weight of every head's loss, finest first; None: all are 1.
+        learning_rates: of every freeze unit by name; 0.0 for frozen ones.
+        ends_stage: the next step freezes more layers, as far as that is known.
     """
 
-    depth: int
-    mode: str
+    step: int
+    frozen_layers: int
+    heads: tuple[int, ...]
+    scale_weights: tuple[float, ...] | None
+    learning_rates: Mapping[str, float]
+    ends_stage: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSchedule:
+    """A run as a function of its step.
+
+    With `layers`, encoder layers follow FreezeOut; with `adaptive`, they freeze by measured change. Everything else,
+    and every layer of a run with neither, follows `cosine`.
+
+    Attributes:
+        units: the freeze units of the model, first to freeze first.
+        heads_lr: global: heads follow `cosine`; layer: the rate of the layer that they leave with.
+        weight_rows: the weights of the scales' losses, as `loss.scale_weights` gives them.
+        layer_decay: factor on the rate from each layer to the one below it (Clark et al., "ELECTRA", ICLR 2020).
+    """
+
+    units: tuple[FreezeUnit, ...]
     cosine: CosineSchedule
     layers: FreezeSchedule | None = None
     adaptive: AdaptiveFreezing | None = None
     heads_lr: str = "global"
-    cls_token: bool = True
-    patch_embed: bool = True
     weight_rows: tuple[tuple[float, tuple[float, ...]], ...] = ()
-
-    def __post_init__(self) -> None:
-        if (self.mode == "schedule") != (self.layers is not None):
-            raise ValueError(f"mode {self.mode!r} and `layers` do not agree: mode schedule, and no other, has layers")
-        if (self.mode == "adaptive") != (self.adaptive is not None):
-            raise ValueError(f"mode {self.mode!r} and `adaptive` do not agree: mode adaptive, and no other, has it")
+    layer_decay: float = 1.0
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.cosine.total_steps
 
-    @property
-    def units(self) -> tuple[FreezeUnit, ...]:
-        """The freeze units, last to freeze first."""
-        return freeze_units(self.depth, cls_token=self.cls_token, patch_embed=self.patch_embed)
+    @cached_property
+    def num_layers(self) -> int:
+        """Number of layers that can freeze."""
+        return count_layers(self.units)
 
-    def frozen_layers(self, step: int) -> int:
-        """Return the length of the frozen prefix of encoder layers at `step`."""
-        if self.layers is not None:
-            return self.layers.frozen_layers(step)
-        return self.adaptive.frozen_layers(step) if self.adaptive is not None else 0
+    def at(self, step: int) -> ScheduledStep:
+        """Return everything that the optimizer step number `step`, counted from 0, needs.
+
+        Raises:
+            ValueError: the step is not in [0, total_steps], or what is frozen there has not been measured yet.
+        """
+        _check_step(step, total_steps=self.total_steps)
+        if self.adaptive is not None:
+            self.adaptive.check_known(step)
+        frozen_layers = self._frozen_layers(step)
+        last = step >= self.total_steps - 1
+        return ScheduledStep(
+            step=step,
+            frozen_layers=frozen_layers,
+            heads=active_heads(self.units, frozen_layers),
+            scale_weights=self._scale_weights(step),
+            learning_rates={
+                unit.name: self.learning_rate(unit, step) if unit.trains(frozen_layers) else 0.0 for unit in self.units
+            },
+            ends_stage=not last and self._frozen_layers(step + 1) != frozen_layers,
+        )
+
+    def learning_rate(self, unit: FreezeUnit, step: int) -> float:
+        """Return the rate that a unit has at `step` unless adaptive freezing has ended its training."""
+        if self.layers is None or unit.leaves_with is None or (unit.layer is None and self.heads_lr == "global"):
+            rate = self.cosine.learning_rate(step)
+        else:
+            rate = self.layers.learning_rate(unit.leaves_with, step)
+        return rate if unit.layer is None else rate * self.layer_decay ** (self.num_layers - unit.layer)
 
     def prefix_changes(self) -> tuple[tuple[int, int], ...]:
         """Return (step, frozen_layers from then on) for every step at which the prefix grows; adaptive: so far."""
         if self.layers is not None:
             steps = sorted({self.layers.freeze_step(layer) for layer in range(self.layers.num_layers)})
-            return tuple((step, self.frozen_layers(step)) for step in steps if step < self.total_steps)
+            return tuple((step, self._frozen_layers(step)) for step in steps if step < self.total_steps)
         changes: list[tuple[int, int]] = []
         for check in self.adaptive.log if self.adaptive is not None else ():
             if check.frozen_layers > (changes[-1][1] if changes else 0):
                 changes.append((check.step, check.frozen_layers))
         return tuple(changes)
 
-    def active_heads(self, step: int) -> tuple[int, ...]:
-        """Return the indices of the heads that train at `step`, finest first."""
-        return active_heads(self.frozen_layers(step), depth=self.depth)
+    def _frozen_layers(self, step: int) -> int:
+        if self.layers is not None:
+            return self.layers.frozen_layers(step)
+        return self.adaptive.frozen_layers(step) if self.adaptive is not None else 0
 
-    def learning_rates(self, step: int) -> dict[str, float]:
-        """Return the rate of every freeze unit in the optimizer step number `step`; 0.0 for frozen units."""
-        frozen, rest = self.frozen_layers(step), self.cosine.learning_rate(step)
-        rates = {}
-        for unit in self.units:
-            layer = unit.leaves_with
-            if layer is None:
-                rates[unit.name] = rest
-            elif layer < frozen:
-                rates[unit.name] = 0.0
-            elif self.layers is not None and (unit.name.startswith("layer_") or self.heads_lr == "layer"):
-                rates[unit.name] = self.layers.learning_rate(layer, step)
-            else:
-                rates[unit.name] = rest
-        return rates
-
-    def scale_weights(self, step: int) -> tuple[float, ...] | None:
-        """Return the weight of each scale's loss at `step`, finest first; None when all are 1."""
+    def _scale_weights(self, step: int) -> tuple[float, ...] | None:
         if not self.weight_rows:
             return None
         weights = interpolate_weights(self.weight_rows, share_of_run=step / self.total_steps)
         return None if all(weight == 1 for weight in weights) else weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSchedule(RunSchedule):
-    """A run's schedule with layer-wise decay.
-
-    The classifier follows the cosine; block `depth` has `layer_decay` times its rate, and so on downward
-    (Clark et al., "ELECTRA", ICLR 2020). With FreezeOut, a layer's own rate is multiplied.
-    """
-
-    layer_decay: float
-
-    def learning_rates(self, step: int) -> dict[str, float]:
-        """Return the rate of the classifier and of every layer in the optimizer step number `step`."""
-        rates = {"classifier": self.cosine.learning_rate(step)}
-        for name, rate in super().learning_rates(step).items():
-            if name.startswith("layer_"):
-                layer = int(name.removeprefix("layer_"))
-                rates[name] = rate * self.layer_decay ** (self.depth + 1 - layer)
-        return rates
+def units_of(config: Config) -> tuple[FreezeUnit, ...]:
+    """Return the freeze units of the model that a run trains, first to freeze first."""
+    depth, freeze = config.model.resolve().depth, config.freeze
+    if config.run.task == "finetune":
+        return classifier_units(depth)
+    return localmim_units(depth, cls_token=freeze.cls_token, patch_embed=freeze.patch_embed)
 
 
 def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]] = ()) -> RunSchedule:
@@ -463,16 +464,17 @@ def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Map
             raise config.error("freeze.t_0", f"a larger share, because {error}") from None
     elif freeze.mode == "adaptive":
         adaptive = _build_adaptive(config, steps=steps, events=events)
-    parts: dict[str, Any] = {
-        "depth": size.depth, "mode": freeze.mode, "layers": layers, "adaptive": adaptive, "heads_lr": freeze.heads_lr,
-        "cls_token": freeze.cls_token, "patch_embed": freeze.patch_embed, "weight_rows": config.loss.scale_weights,
-        "cosine": CosineSchedule(
+    return RunSchedule(
+        units=units_of(config),
+        cosine=CosineSchedule(
             total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, min_lr=config.optim.min_lr
         ),
-    }  # fmt: skip
-    if config.run.task == "finetune":
-        return FinetuneSchedule(**parts, layer_decay=config.finetune.layer_decay)
-    return RunSchedule(**parts)
+        layers=layers,
+        adaptive=adaptive,
+        heads_lr=freeze.heads_lr,
+        weight_rows=config.loss.scale_weights,
+        layer_decay=config.finetune.layer_decay if config.run.task == "finetune" else 1.0,
+    )
 
 
 def _build_adaptive(config: Config, *, steps: StepCounts, events: Iterable[Mapping[str, Any]]) -> AdaptiveFreezing:

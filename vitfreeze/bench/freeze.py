@@ -93,7 +93,7 @@ def time_step(engine: FreezingEngine, images: torch.Tensor) -> float:
     engine.synchronize()
     started = time.perf_counter()
     for _ in range(engine.accumulation):
-        engine.backward(engine(images, frozen_layers=engine.frozen_layers).loss)
+        engine.backward(engine(images).loss)
         engine.step()
     engine.synchronize()
     return time.perf_counter() - started

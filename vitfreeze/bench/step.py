@@ -200,7 +200,7 @@ class StepTimer:
 
     def time_targets(self, frozen_layers: int) -> float:
         """Return the seconds that the HOG targets of the living heads take."""
-        cells = [self.model.cell_sizes[k] for k in active_heads(frozen_layers, depth=self.model.depth)]
+        cells = [self.model.cell_sizes[k] for k in active_heads(self.model.units, frozen_layers)]
         start = self.mark()
         hog_targets(self.images, cell_sizes=cells, nbins=self.model.hog_nbins, bias=self.model.hog_bias)
         return seconds_between(start, self.mark())

@@ -3,20 +3,14 @@
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint, open_checkpoint
 from vitfreeze.checkpoint.loading import load_checkpoint, read_weights
 from vitfreeze.checkpoint.saving import CheckpointWriter, SaveReport, SaveSchedule, save_checkpoint
-from vitfreeze.checkpoint.start import ADAPTIVE_CHECKS, RESUMED_FROM, RunFolder, Start, choose_start
 from vitfreeze.model import from_localmim, from_mae
 
 __all__ = [
-    "ADAPTIVE_CHECKS",
-    "RESUMED_FROM",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
-    "RunFolder",
     "SaveReport",
     "SaveSchedule",
-    "Start",
-    "choose_start",
     "find_checkpoint",
     "from_localmim",
     "from_mae",

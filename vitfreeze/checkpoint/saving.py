@@ -222,7 +222,7 @@ class CheckpointWriter:
         parts.mkdir(parents=True, exist_ok=True)
         facts = {}
         for name, tensors in snapshot.files.items():
-            save_file(dict(tensors), parts / name, metadata={"starts": json.dumps(snapshot.starts)})
+            save_file(dict(tensors), parts / name)
             folder.sync_file(parts / name)
             facts[name] = {"bytes": (parts / name).stat().st_size, "sha256": folder.hash_file(parts / name)}
         note = {"files": facts, "starts": snapshot.starts}
@@ -302,8 +302,7 @@ def _take_snapshot(
 ) -> _Snapshot:
     """Copy this rank's part of the state to CPU memory, where training cannot change it."""
     state = engine.state()
-    held = {} if state.replicated and engine.rank else state.groups
-    mine = {f"{name}/{key}": getattr(group, key) for name, group in held.items() for key in STATE_KEYS}
+    mine = {f"{name}/{key}": getattr(group, key) for name, group in state.groups.items() for key in STATE_KEYS}
     mine |= {f"{LOCAL_PREFIX}{name}": tensor for name, tensor in local.items()}
     mine[f"{RNG_PREFIX}cpu"] = torch.get_rng_state()
     if engine.device.type == "cuda":
@@ -337,7 +336,7 @@ def _take_snapshot(
         },
         "saved_at": time.time(),
     }
-    starts = {name: (group.start, group.start + group.master.numel()) for name, group in held.items()}
+    starts = {name: (group.start, group.start + group.master.numel()) for name, group in state.groups.items()}
     return _Snapshot(step=step, files=files, starts=starts, content=content, config_text=dump_config(config))
 
 

@@ -30,17 +30,19 @@ class ChangeMeter:
         self._weights: dict[str, Tensor] = {}
         self._norms: Tensor | None = None
 
-    def read(self, groups: Mapping[str, GroupState], *, device: torch.device) -> tuple[float | None, ...] | None:
+    def read(
+        self, groups: Mapping[str, tuple[int, GroupState]], *, device: torch.device
+    ) -> tuple[float | None, ...] | None:
         """Return the change of every layer, None for those that have no group; None in all at the first reading.
 
-        `groups` is this rank's share of every group that trains. Every rank must read at the same step.
+        `groups` holds, for every group of a layer that trains, that layer and this rank's share of the group. Every
+        rank must read at the same step.
         """
-        layers = {name: int(name[6:8]) for name in groups if name.startswith("layer_")}
-        change, size = self._sums(groups, layers, device=device)
+        change, size = self._sums(groups, device=device)
         if change is None:
             return None
-        ratios = [float(value) for value in change / size]
-        return tuple(ratios[layer] if layer in layers.values() else None for layer in range(self.num_layers))
+        ratios, trained = [float(value) for value in change / size], {layer for layer, _ in groups.values()}
+        return tuple(ratios[layer] if layer in trained else None for layer in range(self.num_layers))
 
     def state(self) -> dict[str, Tensor]:
         """Return what this rank remembers of the last reading; a run that goes on from it measures on."""
@@ -54,15 +56,15 @@ class ChangeMeter:
         self._weights = {name.removeprefix("weights/"): value for name, value in moved.items()}
 
     def _sums(
-        self, groups: Mapping[str, GroupState], layers: Mapping[str, int], *, device: torch.device
+        self, groups: Mapping[str, tuple[int, GroupState]], *, device: torch.device
     ) -> tuple[Tensor | None, Tensor]:
         squares = torch.zeros(2, self.num_layers, device=device)
         before, self._weights = self._weights, {}
-        for name, layer in layers.items():
+        for name, (layer, group) in groups.items():
             if self.measure == "gradient":
-                squares[1, layer] += groups[name].exp_avg.square().sum()
+                squares[1, layer] += group.exp_avg.square().sum()
                 continue
-            weights = groups[name].master
+            weights = group.master
             self._weights[name] = weights.clone()
             if name in before:
                 squares[0, layer] += (weights - before[name]).square().sum()

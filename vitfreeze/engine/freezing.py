@@ -13,6 +13,7 @@ It is dropped at the same step boundary, or a little later together with others:
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -21,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitfreeze.architecture import active_heads
+from vitfreeze.architecture import count_layers
 from vitfreeze.config import ConfigError
 from vitfreeze.engine.change import ChangeMeter
 from vitfreeze.engine.processes import check_version, join_processes
 from vitfreeze.engine.session import EngineSession, OptimizerStates
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.engine.slices import GroupState, SliceReader
-from vitfreeze.engine.units import FreezableModel, GroupPlan, is_trained, plan_groups
+from vitfreeze.engine.units import GroupPlan, plan_groups
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class FreezeEvent:
 
     step: int
     layers: tuple[int, ...]  # layers that froze now
-    heads: tuple[int, ...]  # heads that left with them
+    units: tuple[str, ...]  # units that ended their training now, with those layers
     dropped: tuple[str, ...]  # units whose optimizer state left now; those not yet dropped follow later
     seconds: float
     trainable_parameters: int
@@ -56,7 +57,6 @@ class EngineState:
 
     groups: Mapping[str, GroupState]
     scalars: Mapping[str, Any]
-    replicated: bool  # whether every rank returns all elements; no stage does, each element is returned once
     frozen_masters: Mapping[str, Tensor]  # on rank 0: fp32 weights of frozen parameters, as far as they are known
 
 
@@ -67,10 +67,12 @@ class FreezingEngine:
     first micro-batch of every optimizer step, and `freeze` between optimizer steps, on all ranks alike.
 
     Args:
-        model: says itself whether its class token and patch embedding freeze with layer 0.
+        model: its forward pass may take `frozen_layers`, which the engine then gives it.
         ds_config: DeepSpeed's JSON as a path or its content: precision, ZeRO stage, communication.
         micro_batch: images per rank and micro-batch.
         accumulation: micro-batches per optimizer step.
+        units: a name and the prefixes of its parameters for each unit, first to freeze first; unit i freezes with layer
+            i. What no prefix matches trains to the end. By default the model's own.
         frozen_layers: layers that are frozen from the start, on resume; they never get optimizer state.
         betas, eps, weight_decay: of AdamW; no decay on biases and other 1-d parameters.
         min_steps_between_drops: layers that freeze within so many steps of a drop wait for the next one.
@@ -79,16 +81,17 @@ class FreezingEngine:
 
     Raises:
         ConfigError: the DeepSpeed configuration or a precision cannot be used.
-        ValueError: all layers are frozen, or a trainable parameter belongs to no layer or head.
+        ValueError: nothing is left to train, or units that do not fit the model: see `assign_units`.
     """
 
     def __init__(
         self,
-        model: FreezableModel,
+        model: nn.Module,
         *,
         ds_config: Mapping[str, Any] | str | Path,
         micro_batch: int,
         accumulation: int = 1,
+        units: Mapping[str, Sequence[str]] | None = None,
         frozen_layers: int = 0,
         betas: tuple[float, ...] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -112,10 +115,10 @@ class FreezingEngine:
         self._weight_decay = weight_decay
         self._min_steps_between_drops = min_steps_between_drops
         self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self._plans = plan_groups(model)
-        self._prefix_dtype = self._choose_prefix_dtype(
-            prefix_precision, runs_backward=not (model.freeze_cls_token and model.freeze_patch_embed)
-        )
+        self._plans = plan_groups(model, units)
+        self._num_layers = count_layers(plan.unit for plan in self._plans)
+        self._takes_prefix = "frozen_layers" in inspect.signature(model.forward).parameters
+        self._prefix_dtype = self._choose_prefix_dtype(prefix_precision)
         self.frozen_layers = 0
         self._frozen_masters: dict[str, Tensor] = {}
         self._rates_are_set = False
@@ -168,14 +171,16 @@ class FreezingEngine:
             ValueError: a unit that trains has no rate.
         """
         for plan, group in self._live.groups():
-            if is_trained(plan.unit, frozen_layers=self.frozen_layers):
+            if plan.unit.trains(self.frozen_layers):
                 if plan.unit.name not in rates:
                     raise ValueError(f"no learning rate for {plan.unit.name}, which trains; rates: {', '.join(rates)}")
                 group["lr"] = rates[plan.unit.name]
         self._rates_are_set = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on one micro-batch and return its output."""
+        """Run the model on one micro-batch and return its output; a model that takes `frozen_layers` is given it."""
+        if self._takes_prefix:
+            kwargs["frozen_layers"] = self.frozen_layers
         self._live.engine.set_gradient_accumulation_boundary(self.is_boundary)
         self._loss, output = self._live.engine(*args, **kwargs)
         return output
@@ -237,11 +242,11 @@ class FreezingEngine:
             self._check_prefix(frozen_layers)
             self._check_boundary("layers freeze")
         started = time.perf_counter()
-        heads_before = self._living_heads()
+        units_before = self.unit_names
         if newly_frozen:
             self._agree(frozen_layers)
             self._soft_freeze(frozen_layers)
-        waiting = [plan for plan in self._live.plans if not is_trained(plan.unit, frozen_layers=frozen_layers)]
+        waiting = [plan for plan in self._live.plans if not plan.unit.trains(frozen_layers)]
         dropped: list[str] = []
         if waiting and self._drop_is_due(step):
             self._check_boundary("layers are dropped")
@@ -254,25 +259,21 @@ class FreezingEngine:
         return FreezeEvent(
             step=step,
             layers=tuple(newly_frozen),
-            heads=tuple(head for head in heads_before if head not in self._living_heads()),
+            units=tuple(name for name in units_before if name not in self.unit_names),
             dropped=tuple(dict.fromkeys(dropped)),
             seconds=time.perf_counter() - started,
             trainable_parameters=self.trainable_parameters,
             optimizer_state_bytes=self.optimizer_state_bytes(),
         )
 
-    def _living_heads(self) -> tuple[int, ...]:
-        """Return the heads that train; a classifier has none."""
-        units = {plan.unit.name for plan in self._plans}
-        heads = active_heads(self.frozen_layers, depth=self.module.depth)
-        return tuple(head for head in heads if f"head_{head}" in units)
-
     def _check_prefix(self, frozen_layers: int) -> None:
         if frozen_layers < self.frozen_layers:
             raise ValueError(f"{frozen_layers} frozen layers, but {self.frozen_layers} are frozen for good")
-        if frozen_layers > self.module.depth:
+        if frozen_layers > self._num_layers:
+            raise ValueError(f"{frozen_layers} frozen layers, but there are {self._num_layers} that can freeze")
+        if not any(plan.unit.trains(frozen_layers) and not plan.unit.feeds_layers for plan in self._plans):
             raise ValueError(
-                f"{frozen_layers} frozen layers are all {self.module.depth + 1}: at least the last must train, "
+                f"{frozen_layers} frozen layers are all {self._num_layers}: at least the last must train, "
                 "because nothing would be left to learn"
             )
 
@@ -293,13 +294,13 @@ class FreezingEngine:
         return self._last_drop_step is None or step - self._last_drop_step >= self._min_steps_between_drops
 
     def _trained_plans(self) -> tuple[GroupPlan, ...]:
-        return tuple(plan for plan in self._plans if is_trained(plan.unit, frozen_layers=self.frozen_layers))
+        return tuple(plan for plan in self._plans if plan.unit.trains(self.frozen_layers))
 
     def _mark_frozen(self, frozen_layers: int) -> list[GroupPlan]:
         """Set the prefix, stop its gradients, and return the groups that are newly frozen."""
         before = self._trained_plans()
         self.frozen_layers = frozen_layers
-        newly = [plan for plan in before if not is_trained(plan.unit, frozen_layers=frozen_layers)]
+        newly = [plan for plan in before if not plan.unit.trains(frozen_layers)]
         for plan in newly:
             for name in plan.parameter_names:
                 self._parameters[name].requires_grad_(False)
@@ -354,8 +355,9 @@ class FreezingEngine:
 
     # -- the frozen prefix ---------------------------------------------------------------------------------------
 
-    def _choose_prefix_dtype(self, precision: str, *, runs_backward: bool) -> torch.dtype:
+    def _choose_prefix_dtype(self, precision: str) -> torch.dtype:
         trained = self.settings.precision
+        runs_backward = any(plan.unit.feeds_layers for plan in self._plans)
         if precision not in ("auto", *DTYPES):
             raise ConfigError(f"freeze.prefix_precision = {precision!r}: allowed are auto, {', '.join(DTYPES)}")
         if trained != "fp32":
@@ -454,8 +456,8 @@ class FreezingEngine:
             ConfigError: the measure is neither weight nor gradient.
         """
         if self._change_meter is None or self._change_meter.measure != measure:
-            self._change_meter = ChangeMeter(measure, num_layers=self.module.depth + 1)
-        return self._change_meter.read(self._read_groups(), device=self.device)
+            self._change_meter = ChangeMeter(measure, num_layers=self._num_layers)
+        return self._change_meter.read(self._read_layers(), device=self.device)
 
     def change_state(self) -> dict[str, Tensor]:
         """Return what this rank needs to go on measuring changes after a resume; nothing if it measures none."""
@@ -464,7 +466,7 @@ class FreezingEngine:
     def load_change_state(self, measure: str, state: Mapping[str, Tensor]) -> None:
         """Restore what `change_state` returned on this rank, of as many ranks; an empty state changes nothing."""
         if state:
-            self._change_meter = ChangeMeter(measure, num_layers=self.module.depth + 1)
+            self._change_meter = ChangeMeter(measure, num_layers=self._num_layers)
             self._change_meter.load_state(state, device=self.device)
 
     def mean_over_ranks(self, values: Sequence[float]) -> list[float]:
@@ -496,13 +498,18 @@ class FreezingEngine:
             "adam_steps": {name: group.step for name, group in trained.items()},
             **self._live.read_scalars(),
         }
-        return EngineState(groups=trained, scalars=scalars, replicated=False, frozen_masters=self.frozen_masters())
+        return EngineState(groups=trained, scalars=scalars, frozen_masters=self.frozen_masters())
+
+    def _read_layers(self) -> dict[str, tuple[int, GroupState]]:
+        layers = {plan.name: plan.unit.layer for plan in self._plans}
+        groups = self._read_groups().items()
+        return {name: (layer, group) for name, group in groups if (layer := layers[name]) is not None}
 
     def _read_groups(self) -> dict[str, GroupState]:
         return {
             plan.name: self._live.read(plan, group)
             for plan, group in self._live.groups()
-            if is_trained(plan.unit, frozen_layers=self.frozen_layers)
+            if plan.unit.trains(self.frozen_layers)
         }
 
     def frozen_masters(self) -> dict[str, Tensor]:

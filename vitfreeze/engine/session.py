@@ -21,6 +21,21 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 OptimizerStates = dict[str, list[tuple[Tensor, dict[str, Tensor]]]]
 
 
+def find_loss(output: Any) -> Tensor:
+    """Return the loss in a model's output: the attribute or the item `loss`, or the output itself.
+
+    Raises:
+        TypeError: there is none, or it is not a scalar tensor.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TypeError(
+            f"the model returned {type(output).__name__} without a scalar loss: expected a scalar tensor, an object "
+            "with an attribute `loss`, or a dict with a key 'loss'"
+        )
+    return loss
+
+
 class _Shell(nn.Module):
     """What DeepSpeed is given as the model.
 
@@ -35,7 +50,7 @@ class _Shell(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         output = self.model(*args, **kwargs)
-        return output.loss, output
+        return find_loss(output), output
 
 
 class EngineSession:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from vitfreeze.model import Classifier, LocalMIM
-from vitfreeze.schedule import FreezeUnit, freeze_units
+from vitfreeze.architecture import FreezeUnit
 
-FreezableModel = LocalMIM | Classifier
-# A fine-tuned model's norm behind the pooling and its classifier train to the end.
-CLASSIFIER = FreezeUnit(name="classifier", leaves_with=None)
+# The prefixes of the parameters that each unit owns, first to freeze first.
+Units = Mapping[FreezeUnit, Sequence[str]]
+REST = FreezeUnit(name="rest")  # what no prefix of a unit matches
+
+
+@runtime_checkable
+class HasFreezeUnits(Protocol):
+    """A model that knows its own freeze units."""
+
+    def freeze_units(self) -> Units:
+        """Return its units, first to freeze first, each with the prefixes of the parameters that it owns."""
+
+
+@runtime_checkable
+class HasNoWeightDecay(Protocol):
+    """A model that names parameters without weight decay, by timm's convention."""
+
+    def no_weight_decay(self) -> Collection[str]:
+        """Return names of parameters that have no weight decay beside biases and 1-d ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +47,49 @@ class GroupPlan:
         return tuple(name for name, _ in self.parameters)
 
 
-def is_trained(unit: FreezeUnit, *, frozen_layers: int) -> bool:
-    """Tell whether a unit still trains when the first `frozen_layers` layers are frozen."""
-    return unit.leaves_with is None or frozen_layers <= unit.leaves_with
+def complete_units(units: Mapping[str, Sequence[str]] | None, *, model: nn.Module) -> Units:
+    """Return the freeze units of a model: those given, unit i freezing with layer i, or else the model's own.
+
+    Raises:
+        ValueError: no units are given, and the model has none of its own.
+    """
+    if units is not None:
+        return {
+            FreezeUnit(name=name, leaves_with=number, layer=number): prefixes
+            for number, (name, prefixes) in enumerate(units.items())
+        }
+    if not isinstance(model, HasFreezeUnits):
+        raise ValueError(
+            f"{type(model).__name__} has no freeze units of its own: give `units`, a mapping from the name of each "
+            "unit to the prefixes of its parameters' names, first to freeze first"
+        )
+    return model.freeze_units()
+
+
+def assign_units(names: Collection[str], units: Units) -> dict[str, FreezeUnit]:
+    """Return the unit of every parameter; what no prefix matches is in a unit `rest`, which trains to the end.
+
+    A prefix is a whole name or the beginning of one up to a dot, so that `h.1` does not own `h.10.weight`.
+
+    Raises:
+        ValueError: a unit has no prefix, a prefix matches nothing, or two units own the same parameter.
+    """
+    owners: dict[str, FreezeUnit] = {}
+    for unit, prefixes in units.items():
+        if unit.name == REST.name:
+            raise ValueError(f"no unit can be named {REST.name!r}: that is what belongs to none and trains to the end")
+        if not prefixes:
+            raise ValueError(f"unit {unit.name!r} is empty: give the prefixes of the parameters that it owns")
+        for prefix in prefixes:
+            owned = [name for name in names if name == prefix or name.startswith(prefix.rstrip(".") + ".")]
+            if not owned:
+                raise ValueError(f"prefix {prefix!r} of unit {unit.name!r} matches no trainable parameter")
+            for name in owned:
+                if owners.setdefault(name, unit) != unit:
+                    raise ValueError(
+                        f"parameter {name!r} belongs to two units: {owners[name].name!r} and {unit.name!r}"
+                    )
+    return {name: owners.get(name, REST) for name in names}
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -43,54 +100,29 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def unit_name(parameter_name: str, *, model: FreezableModel) -> str:
-    """Return the name of the freeze unit that a parameter of the model belongs to.
-
-    Raises:
-        ValueError: it belongs neither to an encoder layer nor to a head.
-    """
-    layer, head = model.layer_of(parameter_name), model.head_of(parameter_name)
-    if layer is not None:
-        if parameter_name == "cls_token" and not model.freeze_cls_token:
-            return "cls_token"
-        if parameter_name.startswith("patch_embed.") and not model.freeze_patch_embed:
-            return "patch_embed"
-        return f"layer_{layer:02d}"
-    if head is None and isinstance(model, Classifier):
-        return CLASSIFIER.name
-    if head is None:
-        raise ValueError(f"parameter {parameter_name} trains but belongs to no encoder layer and to no head")
-    return f"head_{head}"
-
-
-def plan_groups(model: FreezableModel) -> tuple[GroupPlan, ...]:
+def plan_groups(model: nn.Module, units: Mapping[str, Sequence[str]] | None = None) -> tuple[GroupPlan, ...]:
     """Return the parameter groups of all units, the last to freeze first, `<unit>.decay` before `<unit>.no_decay`.
 
-    The order makes the groups that are dropped next the last of the optimizer.
-
-    Raises:
-        ValueError: a trainable parameter belongs to no freeze unit.
+    The order makes the groups that are dropped next the last of the optimizer. Errors are those of `complete_units`
+    and `assign_units`.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    freezing = freeze_units(model.depth, cls_token=model.freeze_cls_token, patch_embed=model.freeze_patch_embed)
-    units = {unit.name: unit for unit in (CLASSIFIER, *freezing)}
-    members: dict[tuple[str, bool], list[str]] = {}
+    known = complete_units(units, model=model)
+    owners = assign_units(parameters, known)
+    undecayed = set(model.no_weight_decay()) if isinstance(model, HasNoWeightDecay) else set()
+    members: dict[tuple[FreezeUnit, bool], list[str]] = {}
     for name, parameter in parameters.items():
-        decays = is_decayed(name, parameter) and name not in model.no_weight_decay()
-        key = (unit_name(name, model=model), decays)
-        members.setdefault(key, []).append(name)
-    unknown = {unit for unit, _ in members} - set(units)
-    if unknown:
-        raise ValueError(f"an encoder of depth {model.depth} has no freeze unit {', '.join(sorted(unknown))}")
+        decays = is_decayed(name, parameter) and name not in undecayed
+        members.setdefault((owners[name], decays), []).append(name)
     return tuple(
         GroupPlan(
             name=f"{unit.name}.{'decay' if decays else 'no_decay'}",
             unit=unit,
             decays=decays,
-            parameters=tuple((name, tuple(parameters[name].shape)) for name in members[unit.name, decays]),
-            numel=sum(parameters[name].numel() for name in members[unit.name, decays]),
+            parameters=tuple((name, tuple(parameters[name].shape)) for name in members[unit, decays]),
+            numel=sum(parameters[name].numel() for name in members[unit, decays]),
         )
-        for unit in units.values()
+        for unit in (REST, *reversed([*known]))
         for decays in (True, False)
-        if (unit.name, decays) in members
+        if (unit, decays) in members
     )

@@ -5,10 +5,6 @@ from vitfreeze.fault_tolerance.guard import (
     EXIT_HUNG,
     EXIT_STOPPED,
     RunGuard,
-    load_local_state,
-    local_state,
-    report_start,
-    schedule_state,
 )
 from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
 from vitfreeze.fault_tolerance.signals import StopSignals
@@ -23,8 +19,4 @@ __all__ = [
     "RunGuard",
     "StopSignals",
     "Watchdog",
-    "load_local_state",
-    "local_state",
-    "report_start",
-    "schedule_state",
 ]

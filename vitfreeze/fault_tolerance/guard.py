@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +11,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vitfreeze.checkpoint import ADAPTIVE_CHECKS, CheckpointWriter, SaveReport, SaveSchedule, Start
+from vitfreeze.checkpoint import CheckpointWriter, SaveReport, SaveSchedule
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
 from vitfreeze.fault_tolerance.signals import StopSignals
 from vitfreeze.fault_tolerance.watchdog import Watchdog
 from vitfreeze.planner import format_bytes
-from vitfreeze.report import Meter, Reporter
-from vitfreeze.schedule import RunSchedule
+from vitfreeze.report import Reporter
 
 logger = logging.getLogger("vitfreeze")
 
-_METER, _CHANGE = "meter/", "change/"
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved on request, the same command goes on
 EXIT_HUNG = 79  # no step ended; the same command goes on from the newest checkpoint
@@ -48,8 +45,7 @@ class RunGuard:
         config, engine, reporter: of the run.
         saves: when to save.
         total_steps: of the run.
-        extra: returns what a checkpoint needs beside the engine's state, ready for JSON, the same on all ranks.
-        local: returns tensors of this rank that a run on as many ranks shall get back.
+        save_state: begins to write the run's state with a writer, when so many steps have been taken.
     """
 
     def __init__(
@@ -61,12 +57,11 @@ class RunGuard:
         reporter: Reporter,
         saves: SaveSchedule,
         total_steps: int,
-        extra: Callable[[int], Mapping[str, Any]],
-        local: Callable[[], Mapping[str, Tensor]],
+        save_state: Callable[[CheckpointWriter, int], None],
     ) -> None:
         self.config, self.engine, self.reporter = config, engine, reporter
         self.saves, self.total_steps = saves, total_steps
-        self._extra, self._local = extra, local
+        self._save_state = save_state
         rank, world_size = engine.rank, engine.world_size
         self.writer = CheckpointWriter(directory, keep=config.checkpoint.keep, rank=rank, world_size=world_size)
         self.signals = StopSignals()
@@ -154,7 +149,7 @@ class RunGuard:
         self._log_save(self.writer.finish())
         if self.saves.last_saved == done:  # at the last step, or when a request to stop follows a save
             return
-        self.writer.start(done, engine=self.engine, config=self.config, extra=self._extra(done), local=self._local())
+        self._save_state(self.writer, done)
         self.saves.note_start(done)
         if not wait:
             return
@@ -187,43 +182,3 @@ class RunGuard:
 
     def _log_hang(self, step: int) -> None:
         self.reporter.log_event("hang", step, minutes=self.config.run.watchdog_minutes)
-
-
-def report_start(start: Start, reporter: Reporter) -> None:
-    """Say where the run begins, and which checkpoints were passed over, in the log and in the events."""
-    checkpoint = start.checkpoint
-    if checkpoint is None:
-        reporter.log_event("start", 0, message=start.reason)
-        return
-    for path, reason in checkpoint.rejected:
-        reporter.log_event("checkpoint_rejected", start.step, path=path, reason=reason)
-    reporter.log_event(
-        "resume", start.step, message=start.reason, path=str(checkpoint.path), world_size=checkpoint.world_size,
-        versions=checkpoint.manifest["versions"], frozen_layers=checkpoint.frozen_layers,
-    )  # fmt: skip
-
-
-def local_state(meter: Meter, engine: FreezingEngine) -> dict[str, Tensor]:
-    """Return what this rank alone needs to go on exactly: sums that are not logged yet, the last adaptive reading."""
-    parts = {_METER: meter.state(), _CHANGE: engine.change_state()}
-    return {prefix + name: value for prefix, state in parts.items() for name, value in state.items()}
-
-
-def load_local_state(state: Mapping[str, Tensor], *, meter: Meter, engine: FreezingEngine, config: Config) -> None:
-    """Restore what `local_state` returned; a run on another number of ranks has none and begins these anew."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-    meter.load_state(part(_METER))
-    engine.load_change_state(config.freeze.adaptive_measure, part(_CHANGE))
-
-
-def schedule_state(schedule: RunSchedule, done: int) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the schedule: its length, the freezes so far, and the adaptive checks."""
-    checks = schedule.adaptive.log if schedule.adaptive is not None else ()
-    return {
-        "total_steps": schedule.total_steps,
-        "freezes": [list(change) for change in schedule.prefix_changes() if change[0] < done],
-        ADAPTIVE_CHECKS: [check.to_event() for check in checks],
-    }

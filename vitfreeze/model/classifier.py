@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from vitfreeze.architecture import ModelSize
+from vitfreeze.architecture import FreezeUnit, ModelSize, classifier_units
 from vitfreeze.model.local_mim import LAYER_NORM_EPS, check_state, sincos_positions
 
 # MAE's and LocalMIM's fine-tuning begin with a classifier that says next to nothing.
 _HEAD_STD = 2e-5
 _AVERAGE = "average."
+_EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed")
+_BEHIND_BLOCKS = ("norm", "fc_norm", "head")
 
 
 class ClassifierOutput(NamedTuple):
@@ -49,9 +51,6 @@ class Classifier(VisionTransformer):
         average_decay: keep an average of the weights that forgets at this rate per step; 0: none.
     """
 
-    # The class token and the patch embedding freeze as layer 0.
-    freeze_cls_token = freeze_patch_embed = True
-
     def __init__(
         self,
         *,
@@ -76,6 +75,8 @@ class Classifier(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
         )
         self.depth = size.depth
+        self.units = classifier_units(size.depth)
+        self._layer_units = {unit.layer: unit for unit in self.units if unit.layer is not None}
         self.activation_checkpointing = activation_checkpointing
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(img_size // size.patch_size, size.embed_dim))
@@ -98,11 +99,11 @@ class Classifier(VisionTransformer):
         if not 0 <= frozen_layers <= self.depth:
             raise ValueError(f"frozen_layers is {frozen_layers}, expected 0 to depth {self.depth}")
         graph = torch.is_grad_enabled()
-        with torch.set_grad_enabled(graph and frozen_layers == 0):
+        with torch.set_grad_enabled(graph and self._layer_units[0].trains(frozen_layers)):
             tokens_BND = self._pos_embed(self.patch_embed(images.to(self.cls_token.dtype)))
         for number, block in enumerate(self.blocks, start=1):
             tokens_BND = tokens_BND.to(cast(Block, block).norm1.weight.dtype)
-            with torch.set_grad_enabled(graph and number >= frozen_layers):
+            with torch.set_grad_enabled(graph and self._layer_units[number].trains(frozen_layers)):
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     tokens_BND = checkpoint(block, tokens_BND, use_reentrant=False)
                 else:
@@ -111,24 +112,19 @@ class Classifier(VisionTransformer):
         loss = logits_BC.new_zeros(()) if targets is None else F.cross_entropy(logits_BC, targets)
         return ClassifierOutput(loss, logits_BC)
 
-    def layer_of(self, name: str) -> int | None:
-        """Return the freezable layer of a parameter: 0 embeds patches, i is block i (1-based), None the classifier.
+    def freeze_units(self) -> dict[FreezeUnit, tuple[str, ...]]:
+        """Return the freeze units, first to freeze first, with the prefixes of the parameters that each owns.
 
-        Raises:
-            ValueError: no parameter has this name.
+        The class token, the positions and the patch embedding freeze as layer 0; what is behind the blocks trains to
+        the end.
         """
-        match name.split("."):
-            case ["cls_token"] | ["pos_embed"] | ["patch_embed", *_]:
-                return 0
-            case ["blocks", index, *_] if index.isdecimal() and int(index) < self.depth:
-                return int(index) + 1
-            case ["norm" | "fc_norm" | "head", *_]:
-                return None
-        raise ValueError(f"no parameter of this model is named {name!r}")
-
-    def head_of(self, name: str) -> int | None:
-        """Return None: a classifier has none of LocalMIM's heads."""
-        return None
+        behind = tuple(
+            name for name, module in self.named_children() if name in _BEHIND_BLOCKS and [*module.parameters()]
+        )
+        return {
+            unit: behind if unit.layer is None else (f"blocks.{unit.layer - 1}",) if unit.layer else _EMBEDDINGS
+            for unit in self.units
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that have no weight decay beside biases and 1-d ones (MAE, LocalMIM)."""

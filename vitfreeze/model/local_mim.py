@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from vitfreeze.architecture import HEAD_SCALES, active_heads, cell_sizes, tap_blocks
+from vitfreeze.architecture import HEAD_SCALES, FreezeUnit, active_heads, cell_sizes, localmim_units, tap_blocks
+from vitfreeze.model.frozen_block import run_frozen
 from vitfreeze.model.hog import check_images, hog_targets
 
 LAYER_NORM_EPS = 1e-6
@@ -93,41 +93,8 @@ class EncoderBlock(Block):
     """timm's block, with a cheaper way to run it when it is frozen."""
 
     def forward(self, tokens_BND: Tensor, frozen: bool = False) -> Tensor:
-        """Map (B, N, D) to (B, N, D); a frozen block keeps nothing for its own weights.
-
-        If something below a frozen block still trains, its gradient goes through, past the block's weights.
-        """
-        if not frozen:
-            return super().forward(tokens_BND)
-        if tokens_BND.requires_grad and torch.is_grad_enabled():
-            detached = {name: weight.detach() for name, weight in self.named_parameters()}
-            return cast(Tensor, functional_call(self, detached, (tokens_BND,)))
-        with torch.no_grad():
-            return self._run_on_onednn(tokens_BND) if _fits_onednn(tokens_BND) else super().forward(tokens_BND)
-
-    def _run_on_onednn(self, tokens_BND: Tensor) -> Tensor:
-        """Do what timm's block does, with the operator that torch.compile emits for linear layers on a CPU.
-
-        It has no gradient, so that only frozen blocks can use it, but its products take a tenth to a fifth less time
-        than those of `F.linear`, and products are nearly all that a frozen block costs.
-        """
-        attention, mlp = self.attn, self.mlp
-        qkv = _multiply(self.norm1(tokens_BND), attention.qkv).unflatten(-1, (3, attention.num_heads, -1))
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        tokens_BND = _multiply(mixed.transpose(1, 2).flatten(2), attention.proj).add_(tokens_BND)
-        hidden = _multiply(self.norm2(tokens_BND), mlp.fc1, activation="gelu")
-        return _multiply(hidden, mlp.fc2).add_(tokens_BND)
-
-
-def _fits_onednn(tokens: Tensor) -> bool:
-    plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32
-    free = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    return plain and free and torch.backends.mkldnn.is_available()
-
-
-def _multiply(x: Tensor, layer: nn.Linear, activation: str = "none") -> Tensor:
-    variant = "none" if activation == "gelu" else ""
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], variant)
+        """Map (B, N, D) to (B, N, D); a frozen block keeps nothing for its own weights."""
+        return run_frozen(self, tokens_BND) if frozen else super().forward(tokens_BND)
 
 
 class DecoderBlock(Block):
@@ -386,7 +353,13 @@ class LocalMIM(nn.Module):
             )
         if hog_nbins < 1 or decoder_depth < 1:
             raise ValueError(f"hog_nbins {hog_nbins} and decoder_depth {decoder_depth} must be at least 1")
-        self.freeze_cls_token, self.freeze_patch_embed = freeze_cls_token, freeze_patch_embed
+        self.units = localmim_units(depth, cls_token=freeze_cls_token, patch_embed=freeze_patch_embed)
+        self._layer_units = {unit.layer: unit for unit in self.units if unit.layer is not None}
+        own_units = {unit.name: unit for unit in self.units if unit.feeds_layers}
+        self._embedding_units = {
+            name: own_units[name] if name in own_units else self._layer_units[0]
+            for name in ("cls_token", "patch_embed")
+        }
         self.activation_checkpointing = activation_checkpointing
         self.scale_weights = _check_scale_weights((1.0,) * len(self.taps) if scale_weights is None else scale_weights)
 
@@ -450,7 +423,7 @@ class LocalMIM(nn.Module):
             ValueError: a wrong shape of images or noise, a value that is NaN (on the CPU), `frozen_layers` out of
                 range, or not one scale weight per head.
         """
-        taps, ids_BL, targets = self._look(images, noise=noise, frozen_layers=frozen_layers)
+        taps, ids_BL, targets = self._encode_visible(images, noise=noise, frozen_layers=frozen_layers)
         weights = self.scale_weights if scale_weights is None else _check_scale_weights(scale_weights)
         losses = {k: self._head(k)(tap, ids_BL, targets[k]) for k, tap in taps.items()}
         loss = torch.stack([weights[k] * losses[k] for k in losses]).sum()
@@ -463,7 +436,7 @@ class LocalMIM(nn.Module):
 
         Arguments and errors are those of `forward`, which computes only what the loss reads of this.
         """
-        taps, ids_BL, targets = self._look(images, noise=noise, frozen_layers=frozen_layers)
+        taps, ids_BL, targets = self._encode_visible(images, noise=noise, frozen_layers=frozen_layers)
         return {k: self._head(k).predict(tap, ids_BL, targets[k]) for k, tap in taps.items()}
 
     def encode(self, images: Tensor, *, blocks: Sequence[int] | None = None, norm: bool = False) -> list[Tensor]:
@@ -485,12 +458,12 @@ class LocalMIM(nn.Module):
         if not wanted or not set(wanted) <= set(range(1, self.depth + 1)):
             raise ValueError(f"blocks is {wanted}, expected numbers from 1 to depth {self.depth}")
         patches_BLD = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
-        tokens_BND = self._join(patches_BLD, self.pos_embed[:, 1:], frozen=False)
+        tokens_BND = self._prepend_cls_token(patches_BLD, self.pos_embed[:, 1:], frozen_layers=0)
         features = self._run_blocks(tokens_BND, frozen_layers=0, wanted=wanted)
         final = self._head(-1).norm
         return [final(features[block].to(final.weight.dtype)) if norm else features[block] for block in wanted]
 
-    def _look(
+    def _encode_visible(
         self, images: Tensor, *, noise: Tensor | None, frozen_layers: int
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """Return taps and targets of every active head, and the patches in the order of the noise (B, L)."""
@@ -501,36 +474,37 @@ class LocalMIM(nn.Module):
             noise = torch.rand(len(images), self.num_patches, device=images.device)
         if noise.shape != (len(images), self.num_patches):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {(len(images), self.num_patches)}")
-        heads = active_heads(frozen_layers, depth=self.depth)
+        heads = active_heads(self.units, frozen_layers)
         cells = [self.cell_sizes[k] for k in heads]
         targets = hog_targets(images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias)
         ids_BL = noise.argsort(dim=1, stable=True)
-        tokens_BND = self._embed(images, ids_BL[:, : self.num_visible], frozen=frozen_layers > 0)
+        tokens_BND = self._embed(images, ids_BL[:, : self.num_visible], frozen_layers=frozen_layers)
         outputs = self._run_blocks(tokens_BND, frozen_layers=frozen_layers, wanted=[self.taps[k] for k in heads])
         # A head computes in the precision of its own weights, whatever that of the block below.
         dtype = self._head(heads[0]).norm.weight.dtype
         taps = {k: outputs[self.taps[k]].to(dtype) for k in heads}
         return taps, ids_BL, dict(zip(heads, targets, strict=True))
 
-    def _embed(self, images: Tensor, ids_BV: Tensor, *, frozen: bool) -> Tensor:
+    def _embed(self, images: Tensor, ids_BV: Tensor, *, frozen_layers: int) -> Tensor:
         """Embed only the given patches, and put the class token before them: (B, 1 + V, D).
 
         Detached parameters are those under no_grad: nothing of the product is kept for a backward pass.
         """
         side, grid = self.patch_size, self.grid_size
         weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
-        if frozen and self.freeze_patch_embed:
+        if not self._embedding_units["patch_embed"].trains(frozen_layers):
             weight, bias = weight.detach(), bias.detach()
         pixels = images.view(-1, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
         sample_B1 = torch.arange(len(images), device=images.device)[:, None]
         chosen_BVD = pixels[sample_B1, ids_BV // grid, ids_BV % grid].flatten(2)
         patches_BVD = F.linear(chosen_BVD.to(weight.dtype), weight.flatten(1), bias)
-        return self._join(patches_BVD, self.pos_embed[0, 1:][ids_BV], frozen=frozen)
+        return self._prepend_cls_token(patches_BVD, self.pos_embed[0, 1:][ids_BV], frozen_layers=frozen_layers)
 
-    def _join(self, patches_BVD: Tensor, pos_BVD: Tensor, *, frozen: bool) -> Tensor:
+    def _prepend_cls_token(self, patches_BVD: Tensor, pos_BVD: Tensor, *, frozen_layers: int) -> Tensor:
         """Put the class token before embedded patches and add their positions."""
         dtype = patches_BVD.dtype
-        cls_token = self.cls_token.detach() if frozen and self.freeze_cls_token else self.cls_token
+        trains = self._embedding_units["cls_token"].trains(frozen_layers)
+        cls_token = self.cls_token if trains else self.cls_token.detach()
         cls_B1D = (cls_token.to(dtype) + self.pos_embed[:, :1].to(dtype)).expand(len(patches_BVD), -1, -1)
         return torch.cat([cls_B1D, patches_BVD + pos_BVD.to(dtype)], dim=1)
 
@@ -539,7 +513,7 @@ class LocalMIM(nn.Module):
         outputs = {}
         for number, block in enumerate(self.blocks[: max(wanted)], start=1):
             tokens_BND = tokens_BND.to(cast(Block, block).norm1.weight.dtype)
-            if number < frozen_layers:
+            if not self._layer_units[number].trains(frozen_layers):
                 tokens_BND = block(tokens_BND, frozen=True)
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 tokens_BND = checkpoint(block, tokens_BND, use_reentrant=False)
@@ -565,34 +539,17 @@ class LocalMIM(nn.Module):
 
     # ------------------------------------------------------------------ names
 
-    def layer_of(self, name: str) -> int | None:
-        """Return the freezable layer of a parameter: 0 embeds patches, i is block i (1-based), None is a head's.
-
-        Raises:
-            ValueError: no parameter or buffer has this name.
-        """
-        parts = name.split(".")
-        match parts:
-            case ["cls_token"] | ["pos_embed"] | ["patch_embed", *_]:
-                return 0
-            case ["blocks", index, *_] if index.isdecimal() and int(index) < self.depth:
-                return int(index) + 1
-            case ["heads", *_] | ["hog_bias"]:
-                return None
-        raise ValueError(f"no parameter of this model is named {name!r}")
-
-    def head_of(self, name: str) -> int | None:
-        """Return the head that a parameter belongs to, None for the encoder's.
-
-        Raises:
-            ValueError: no parameter or buffer has this name.
-        """
-        if self.layer_of(name) is not None or name == "hog_bias":
-            return None
-        parts = name.split(".")
-        if len(parts) < 3 or not parts[1].isdecimal() or int(parts[1]) >= len(self.heads):
-            raise ValueError(f"no parameter of this model is named {name!r}")
-        return int(parts[1])
+    def freeze_units(self) -> dict[FreezeUnit, list[str]]:
+        """Return the freeze units, first to freeze first, with the prefixes of the parameters that each owns."""
+        owned: dict[FreezeUnit, list[str]] = {unit: [] for unit in self.units}
+        for name, unit in self._embedding_units.items():
+            owned[unit].append(name)
+        for unit in self.units:
+            if unit.head is not None:
+                owned[unit].append(f"heads.{unit.head}")
+            elif unit.layer:
+                owned[unit].append(f"blocks.{unit.layer - 1}")
+        return owned
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that have no weight decay beside biases and 1-d ones: none (LocalMIM)."""

@@ -15,9 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from vitfreeze.architecture import HEAD_SCALES, ModelSize, active_heads, tap_blocks
+from vitfreeze.architecture import (
+    HEAD_SCALES,
+    FreezeUnit,
+    ModelSize,
+    active_heads,
+    classifier_units,
+    localmim_units,
+    tap_blocks,
+)  # fmt: skip
 from vitfreeze.config import Config
-from vitfreeze.schedule import freeze_units
 
 # Fused attention keeps no scores: its backward pass computes them again, so five products stand against two.
 ATTENTION_BACKWARD = 2.5
@@ -65,10 +72,20 @@ def _block(tokens: int, width: int, mlp_ratio: float, *, queries: int | None = N
     return Product(linear=linear, attention=4.0 * queries * tokens * width)
 
 
-def _block_parameters(width: int, mlp_ratio: float) -> tuple[int, int]:
-    """Return the parameters of a block that weight decay acts on, and those it does not: norms and biases."""
+@dataclass(frozen=True, kw_only=True)
+class UnitParameters:
+    """Numbers of parameters of a freeze unit: those that weight decay acts on, and the others (norms and biases)."""
+
+    decay: int
+    no_decay: int
+
+    def __add__(self, other: UnitParameters) -> UnitParameters:
+        return UnitParameters(decay=self.decay + other.decay, no_decay=self.no_decay + other.no_decay)
+
+
+def _block_parameters(width: int, mlp_ratio: float) -> UnitParameters:
     hidden = int(width * mlp_ratio)
-    return 4 * width * width + 2 * width * hidden, 9 * width + hidden
+    return UnitParameters(decay=4 * width * width + 2 * width * hidden, no_decay=9 * width + hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +113,16 @@ def _block_kept(tokens: int, width: int, mlp_ratio: float, *, heads: int) -> Kep
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCosts(ABC):
-    """Operations, parameters and bytes of an encoder and its heads as functions of the length of the frozen prefix.
-
-    `freeze_cls_token` and `freeze_patch_embed` say whether these freeze with layer 0; if one does not, the
-    backward pass runs through the whole prefix to reach it.
-    """
+    """Operations, parameters and bytes of an encoder and its heads as functions of the length of the frozen prefix."""
 
     size: ModelSize
     img_size: int
-    freeze_cls_token: bool = True
-    freeze_patch_embed: bool = True
     activation_checkpointing: bool = False
+
+    @property
+    @abstractmethod
+    def units(self) -> tuple[FreezeUnit, ...]:
+        """The freeze units of the model, first to freeze first."""
 
     @property
     def num_patches(self) -> int:
@@ -119,10 +135,6 @@ class EncoderCosts(ABC):
         """Patches that the encoder sees."""
 
     @abstractmethod
-    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
-        """Return the indices of LocalMIM's heads that still train."""
-
-    @abstractmethod
     def head_products(self, frozen_layers: int) -> Sequence[Product]:
         """Return the products of everything behind the encoder that still trains."""
 
@@ -132,8 +144,8 @@ class EncoderCosts(ABC):
 
     @property
     @abstractmethod
-    def group_parameters(self) -> dict[str, int]:
-        """Number of parameters of every optimizer group: '<unit>.decay' and '<unit>.no_decay'."""
+    def unit_parameters(self) -> dict[str, UnitParameters]:
+        """Number of parameters of every freeze unit, by its name."""
 
     # Operations ------------------------------------------------------------------------------------------------------
 
@@ -147,7 +159,20 @@ class EncoderCosts(ABC):
 
     def goes_through_prefix(self, frozen_layers: int) -> bool:
         """Say whether the backward pass runs through the frozen blocks, to what does not freeze below them."""
-        return frozen_layers > 0 and not (self.freeze_cls_token and self.freeze_patch_embed)
+        return frozen_layers > 0 and any(unit.feeds_layers for unit in self.units)
+
+    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
+        """Return the indices of LocalMIM's heads that still train."""
+        return active_heads(self.units, frozen_layers)
+
+    def trains_embedding(self, frozen_layers: int) -> bool:
+        """Say whether the patch embedding still trains."""
+        name = "patch_embed" if "patch_embed" in self.unit_parameters else "layer_00"
+        return next(unit for unit in self.units if unit.name == name).trains(frozen_layers)
+
+    def frozen_blocks(self, frozen_layers: int) -> int:
+        """Return the number of frozen blocks of the encoder."""
+        return sum(unit.layer is not None and unit.layer > 0 and not unit.trains(frozen_layers) for unit in self.units)
 
     def forward_flops(self, frozen_layers: int) -> float:
         """Return the operations of the forward pass: the whole encoder, and the heads that are left."""
@@ -156,11 +181,11 @@ class EncoderCosts(ABC):
 
     def backward_flops(self, frozen_layers: int) -> float:
         """Return the operations of the backward pass, with those of recomputed activations."""
-        frozen_blocks = max(frozen_layers - 1, 0)
+        frozen_blocks = self.frozen_blocks(frozen_layers)
         active_blocks = self.size.depth - frozen_blocks
         total = sum(head.backward for head in self.head_products(frozen_layers))
         total += active_blocks * self.block().backward
-        if frozen_layers == 0 or not self.freeze_patch_embed:
+        if self.trains_embedding(frozen_layers):
             total += self.embedding().linear  # gradients of the weights; pixels need none
         if self.goes_through_prefix(frozen_layers):
             total += frozen_blocks * self.block().backward_to_input
@@ -189,13 +214,12 @@ class EncoderCosts(ABC):
         return kept.bytes(precision)
 
     def _embedding_kept(self, frozen_layers: int) -> Kept:
-        trained = frozen_layers == 0 or not self.freeze_patch_embed
-        return Kept(numbers=trained * self.num_encoded * 3.0 * self.size.patch_size**2)
+        return Kept(numbers=self.trains_embedding(frozen_layers) * self.num_encoded * 3.0 * self.size.patch_size**2)
 
     def _encoder_kept(self, frozen_layers: int) -> Kept:
         size, tokens = self.size, self.num_encoded + 1
         block = _block_kept(tokens, size.embed_dim, size.mlp_ratio, heads=size.num_heads)
-        frozen_blocks = max(frozen_layers - 1, 0)
+        frozen_blocks = self.frozen_blocks(frozen_layers)
         active_blocks = size.depth - frozen_blocks
         if self.activation_checkpointing:
             kept = Kept(numbers=active_blocks * tokens * size.embed_dim) + block
@@ -209,28 +233,24 @@ class EncoderCosts(ABC):
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
-    def block_parameters(self) -> dict[str, int]:
-        """Return the groups of the blocks and their parameters."""
-        decay, no_decay = _block_parameters(self.size.embed_dim, self.size.mlp_ratio)
-        layers = range(1, self.size.depth + 1)
-        return {
-            f"layer_{n:02d}.{kind}": count for n in layers for kind, count in (("decay", decay), ("no_decay", no_decay))
-        }
+    def block_parameters(self) -> dict[str, UnitParameters]:
+        """Return the parameters of the blocks, by their units' names."""
+        block = _block_parameters(self.size.embed_dim, self.size.mlp_ratio)
+        return {unit.name: block for unit in self.units if unit.layer}
 
-    def trained_groups(self, frozen_layers: int) -> dict[str, int]:
-        """Return the groups that still train and their parameters."""
-        units = freeze_units(self.size.depth, cls_token=self.freeze_cls_token, patch_embed=self.freeze_patch_embed)
-        gone = {unit.name for unit in units if unit.leaves_with is not None and unit.leaves_with < frozen_layers}
-        return {name: count for name, count in self.group_parameters.items() if name.partition(".")[0] not in gone}
+    def trained_groups(self, frozen_layers: int) -> list[int]:
+        """Return the number of parameters of every optimizer group that still trains."""
+        trained = [self.unit_parameters[unit.name] for unit in self.units if unit.trains(frozen_layers)]
+        return [count for parameters in trained for count in (parameters.decay, parameters.no_decay) if count]
 
     def trainable_parameters(self, frozen_layers: int) -> int:
         """Return the number of parameters that still train."""
-        return sum(self.trained_groups(frozen_layers).values())
+        return sum(self.trained_groups(frozen_layers))
 
     @property
     def parameters(self) -> int:
         """Number of all parameters, heads included."""
-        return sum(self.group_parameters.values())
+        return self.trainable_parameters(0)
 
     def weight_bytes(self, precision: str) -> int:
         """Return the bytes of the weights as the model computes with them, and of what it keeps beside them."""
@@ -239,10 +259,16 @@ class EncoderCosts(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCosts(EncoderCosts):
-    """The costs of LocalMIM."""
+    """The costs of LocalMIM.
+
+    `freeze_cls_token` and `freeze_patch_embed` say whether these freeze with layer 0; if one does not, the
+    backward pass runs through the whole prefix to reach it.
+    """
 
     mask_ratio: float
     hog_nbins: int
+    freeze_cls_token: bool = True
+    freeze_patch_embed: bool = True
 
     @classmethod
     def from_config(cls, config: Config) -> ModelCosts:
@@ -253,6 +279,11 @@ class ModelCosts(EncoderCosts):
             freeze_cls_token=config.freeze.cls_token, freeze_patch_embed=config.freeze.patch_embed,
             activation_checkpointing=model.activation_checkpointing,
         )  # fmt: skip
+
+    @cached_property
+    def units(self) -> tuple[FreezeUnit, ...]:
+        """The freeze units of LocalMIM."""
+        return localmim_units(self.size.depth, cls_token=self.freeze_cls_token, patch_embed=self.freeze_patch_embed)
 
     @property
     def num_encoded(self) -> int:
@@ -281,10 +312,6 @@ class ModelCosts(EncoderCosts):
         if scale == 2:
             return _linear(masked, width, 4 * outputs)
         return _linear(masked if scale == 1 else self.num_patches // 4, width, outputs)
-
-    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
-        """Return the indices of the heads that still train."""
-        return active_heads(frozen_layers, depth=self.size.depth)
 
     def head_products(self, frozen_layers: int) -> Sequence[Product]:
         """Return the products of the heads that still train."""
@@ -324,28 +351,28 @@ class ModelCosts(EncoderCosts):
         return kept
 
     @cached_property
-    def group_parameters(self) -> dict[str, int]:
-        """Number of parameters of every optimizer group: '<unit>.decay' and '<unit>.no_decay'."""
-        size = self.size
-        groups = {"patch_embed.decay": 3 * size.patch_size**2 * size.embed_dim, "patch_embed.no_decay": size.embed_dim}
-        groups["cls_token.decay"] = size.embed_dim
-        groups |= self.block_parameters()
-        for head in range(len(HEAD_SCALES)):
-            decay, no_decay = self._head_parameters(HEAD_SCALES[head])
-            groups |= {f"head_{head}.decay": decay, f"head_{head}.no_decay": no_decay}
-        for name, freezes in (("patch_embed", self.freeze_patch_embed), ("cls_token", self.freeze_cls_token)):
-            for kind in ("decay", "no_decay"):
-                if freezes and f"{name}.{kind}" in groups:
-                    layer_0 = f"layer_00.{kind}"
-                    groups[layer_0] = groups.get(layer_0, 0) + groups.pop(f"{name}.{kind}")
-        return groups
+    def unit_parameters(self) -> dict[str, UnitParameters]:
+        """Number of parameters of every freeze unit, by its name."""
+        patches, width = 3 * self.size.patch_size**2, self.size.embed_dim
+        embedding = {
+            "patch_embed": UnitParameters(decay=patches * width, no_decay=width),
+            "cls_token": UnitParameters(decay=width, no_decay=0),
+        }
+        units = self.block_parameters() | {
+            f"head_{head}": self._head_parameters(scale) for head, scale in enumerate(HEAD_SCALES)
+        }
+        names = {unit.name for unit in self.units}
+        for name, parameters in embedding.items():
+            owner = name if name in names else "layer_00"
+            units[owner] = units[owner] + parameters if owner in units else parameters
+        return units
 
-    def _head_parameters(self, scale: float) -> tuple[int, int]:
+    def _head_parameters(self, scale: float) -> UnitParameters:
         size, outputs = self.size, 3 * self.hog_nbins
         width, half, quarter = size.decoder_embed_dim, size.decoder_embed_dim // 2, size.decoder_embed_dim // 4
-        block_decay, block_no_decay = _block_parameters(width, size.mlp_ratio)
-        decay = size.embed_dim * width + width + size.decoder_depth * block_decay  # with the mask token
-        no_decay = 2 * size.embed_dim + width + size.decoder_depth * block_no_decay + 2 * width
+        block = _block_parameters(width, size.mlp_ratio)
+        decay = size.embed_dim * width + width + size.decoder_depth * block.decay  # with the mask token
+        no_decay = 2 * size.embed_dim + width + size.decoder_depth * block.no_decay + 2 * width
         if scale == 4:
             decay += 4 * width * half + 4 * half * quarter + quarter * outputs
             no_decay += half + 2 * half + quarter + outputs
@@ -355,12 +382,7 @@ class ModelCosts(EncoderCosts):
         else:
             decay += width * outputs
             no_decay += outputs
-        return decay, no_decay
-
-    @property
-    def encoder_parameters(self) -> int:
-        """Number of the encoder's parameters, class token included."""
-        return sum(count for name, count in self.group_parameters.items() if not name.startswith("head_"))
+        return UnitParameters(decay=decay, no_decay=no_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,14 +402,15 @@ class ClassifierCosts(EncoderCosts):
             activation_checkpointing=config.model.activation_checkpointing,
         )  # fmt: skip
 
+    @cached_property
+    def units(self) -> tuple[FreezeUnit, ...]:
+        """The freeze units of a classifier."""
+        return classifier_units(self.size.depth)
+
     @property
     def num_encoded(self) -> int:
         """All patches."""
         return self.num_patches
-
-    def heads_left(self, frozen_layers: int) -> tuple[int, ...]:
-        """Return nothing: a classifier has none of LocalMIM's heads."""
-        return ()
 
     def head_products(self, frozen_layers: int) -> Sequence[Product]:
         """Return the product of the classifier."""
@@ -399,16 +422,15 @@ class ClassifierCosts(EncoderCosts):
         return Kept(numbers=2.0 * tokens * self.size.embed_dim, float32=2.0 * tokens + 2.0 * self.num_classes)
 
     @cached_property
-    def group_parameters(self) -> dict[str, int]:
-        """Number of parameters of every optimizer group; class token and positions are not decayed (MAE)."""
+    def unit_parameters(self) -> dict[str, UnitParameters]:
+        """Number of parameters of every freeze unit; class token and positions are not decayed (MAE)."""
         size, width = self.size, self.size.embed_dim
-        groups = {
-            "classifier.decay": self.num_classes * width,
-            "classifier.no_decay": self.num_classes + 2 * width,
-            "layer_00.decay": 3 * size.patch_size**2 * width,
-            "layer_00.no_decay": (2 + self.num_patches + 1) * width,
+        return self.block_parameters() | {
+            "classifier": UnitParameters(decay=self.num_classes * width, no_decay=self.num_classes + 2 * width),
+            "layer_00": UnitParameters(
+                decay=3 * size.patch_size**2 * width, no_decay=(2 + self.num_patches + 1) * width
+            ),
         }
-        return groups | self.block_parameters()
 
     def weight_bytes(self, precision: str) -> int:
         """Return the bytes of the weights, and of their average if there is one."""

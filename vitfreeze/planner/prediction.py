@@ -219,9 +219,9 @@ class _Planner:
         costs, machine = self.costs, self.machine
         micro, accumulation = derive_accumulation(self.config, world_size=machine.world_size)
         groups = costs.trained_groups(frozen)
-        trained = sum(groups.values())
+        trained = sum(groups)
         parts = machine.world_size if machine.zero_stage else 1
-        state = sum(-(-count // parts) for count in groups.values()) * machine.state_bytes_per_parameter
+        state = sum(-(-count // parts) for count in groups) * machine.state_bytes_per_parameter
         reductions = accumulation if machine.zero_stage == 2 else 1
         gradients = trained * reductions * machine.gradient_bytes_per_parameter
         sent = self.bytes_sent(gradients, trained)

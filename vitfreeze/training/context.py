@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from vitfreeze.engine import FreezingEngine
 from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import EncoderCosts, costs_of
 from vitfreeze.report import Meter, Reporter, WaitWatch
-from vitfreeze.schedule import RunSchedule
+from vitfreeze.schedule import RunSchedule, ScheduledStep
+from vitfreeze.training.state import RunState
 from vitfreeze.training.task import Task
 
 
@@ -29,6 +31,7 @@ class Run:
     engine: FreezingEngine
     reporter: Reporter
     meter: Meter
+    state: RunState
     wait_watch: WaitWatch = field(default_factory=WaitWatch)
 
     def is_due(self, every: Duration, done: int) -> bool:
@@ -52,23 +55,28 @@ class Run:
         peak = peak_teraflops(engine.device, precision=engine.settings.precision)
         return {"teraflops": teraflops} | ({"mfu": teraflops / peak} if peak else {})
 
-    def log_metrics(self, step: int, *, evaluate: bool) -> None:
-        """Write what the last steps measured, and what the model is worth; every rank takes part, rank 0 writes."""
-        engine = self.engine
-        figures = self.meter.read(engine.mean_over_ranks)
-        if evaluate:
-            if worth := self.task.evaluate(engine):
-                figures["eval"] = worth
-            self.meter.restart()  # so that its time is not charged to the steps
-        self._warn_of_waiting(figures, step)
-        frozen_layers = self.schedule.frozen_layers(step)
+    def read_meter(self) -> dict[str, Any]:
+        """Return what the steps since the last reading measured, and start again; every rank takes part."""
+        return self.meter.read(self.engine.mean_over_ranks)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what the model is worth; the time that it takes is not charged to the steps."""
+        worth = self.task.evaluate(self.engine)
+        self.meter.restart()
+        return worth
+
+    def log_metrics(self, now: ScheduledStep, figures: Mapping[str, Any], *, worth: Mapping[str, float]) -> None:
+        """Write a line of metrics.jsonl: what the last steps measured, and what the model is worth, if known."""
+        engine, done = self.engine, now.step + 1
+        self._warn_of_waiting(figures, done)
         self.reporter.log_metrics(
-            step + 1,
-            epoch=(step + 1) / self.loader.steps_per_epoch,
+            done,
+            epoch=done / self.loader.steps_per_epoch,
             **figures,
-            **self._measure_use(figures["images_per_second"], frozen_layers=frozen_layers),
-            lr=self.schedule.learning_rates(step),
-            frozen_layers=frozen_layers,
+            **({"eval": worth} if worth else {}),
+            **self._measure_use(figures["images_per_second"], frozen_layers=now.frozen_layers),
+            lr=now.learning_rates,
+            frozen_layers=now.frozen_layers,
             optimizer_state_bytes=engine.optimizer_state_bytes(),
             gradient_elements=engine.gradient_elements(),
             loss_scale=engine.loss_scale,
@@ -76,7 +84,7 @@ class Run:
             world_size=engine.world_size,
         )
 
-    def _warn_of_waiting(self, figures: dict[str, Any], step: int) -> None:
+    def _warn_of_waiting(self, figures: Mapping[str, Any], done: int) -> None:
         """Say once, when training keeps waiting for data, how many workers would cure it."""
         if not self.wait_watch.update(figures["data_wait_fraction"]):
             return
@@ -84,25 +92,25 @@ class Run:
         images = self.config.batch.global_size / self.engine.world_size
         workers = self.loader.workers_needed(max(busy_seconds, 1e-9) / images)
         message = (
-            f"step {step + 1}: {figures['data_wait_fraction']:.0%} of the time goes into waiting for data; "
+            f"step {done}: {figures['data_wait_fraction']:.0%} of the time goes into waiting for data; "
             f"data.workers={workers} would keep up (now {self.config.data.workers})"
         )
-        self.reporter.log_event("data_wait", step + 1, message=message, workers_needed=workers)
+        self.reporter.log_event("data_wait", done, message=message, workers_needed=workers)
 
-    def log_epochs(self, step: int) -> None:
+    def log_epochs(self, done: int) -> None:
         """Add up what the ranks could not use of the epochs that have ended; raises ShardError when it was too much."""
         for mine in self.loader.take_reports():
             whole = merge_reports(self.engine.gather(mine), max_bad_fraction=self.config.data.max_bad_fraction)
             skipped = [asdict(sample) for sample in whole.skipped]
             counts = dict(whole.skipped_per_shard)
             self.reporter.log_event(
-                "epoch", step + 1, epoch=whole.epoch, images=whole.images, fallbacks=whole.fallbacks,
+                "epoch", done, epoch=whole.epoch, images=whole.images, fallbacks=whole.fallbacks,
                 skipped_per_shard=counts, skipped=skipped,
             )  # fmt: skip
 
-    def log_picture(self, step: int) -> None:
+    def log_picture(self, done: int) -> None:
         """Write a picture of what the model does to TensorBoard."""
         picture = self.task.draw(self.engine)
         if picture is not None:
-            self.reporter.log_image(self.task.picture, step + 1, picture)
+            self.reporter.log_image(self.task.picture, done, picture)
         self.meter.restart()

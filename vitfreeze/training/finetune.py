@@ -31,7 +31,7 @@ from vitfreeze.model import Classifier
 from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
 from vitfreeze.report import read_json_lines
-from vitfreeze.schedule import RunSchedule
+from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.loop import run_task
 from vitfreeze.training.summary import print_closing
 from vitfreeze.training.task import read_beginning, refuse_settings
@@ -86,7 +86,6 @@ class Finetuning:
             reprob=settings.reprob,
             seed=config.run.seed,
         )
-        self._micro_batches: tuple[int, int] = (-1, 0)
 
     def check_data(self, loader: TrainLoader) -> None:
         """Make sure that the validation shards are there, and that their labels go with the number of classes."""
@@ -130,24 +129,17 @@ class Finetuning:
         return model
 
     def forward(
-        self, engine: FreezingEngine, batch: Batch, *, schedule: RunSchedule, step: int
+        self, engine: FreezingEngine, batch: Batch, *, now: ScheduledStep, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross entropy with the mixed, smoothed labels; it has no parts."""
-        number = self._count_micro_batch(step)
         images, targets = self.mixing.apply(
             batch.images.to(engine.device, non_blocking=True),
             batch.labels.to(engine.device, non_blocking=True),
-            step=step, rank=engine.rank, number=number,
+            step=now.step, rank=engine.rank, number=micro_batch,
         )  # fmt: skip
-        with _seeded_drop_path((self.config.run.seed, step, engine.rank, number), device=engine.device):
-            output = engine(images, targets=targets, frozen_layers=schedule.frozen_layers(step))
+        with _seeded_drop_path((self.config.run.seed, now.step, engine.rank, micro_batch), device=engine.device):
+            output = engine(images, targets=targets)
         return output.loss, {}
-
-    def _count_micro_batch(self, step: int) -> int:
-        last_step, count = self._micro_batches
-        number = count if step == last_step else 0
-        self._micro_batches = (step, number + 1)
-        return number
 
     def end_step(self, engine: FreezingEngine) -> None:
         """Move the average of the weights, if there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from vitfreeze.evaluate.probe import Probe
 from vitfreeze.evaluate.visual import draw_figure, make_panels, to_pixels
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import load_encoder
-from vitfreeze.schedule import RunSchedule
+from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.build import build_model
 from vitfreeze.training.loop import run_task
 from vitfreeze.training.summary import close_run
@@ -71,17 +72,15 @@ class Pretraining:
         return model
 
     def forward(
-        self, engine: FreezingEngine, batch: Batch, *, schedule: RunSchedule, step: int
+        self, engine: FreezingEngine, batch: Batch, *, now: ScheduledStep, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the living scales, and the loss of each."""
         output = engine(
             normalize(batch.images.to(engine.device, non_blocking=True)),
             noise=batch.noise.to(engine.device, non_blocking=True),
-            frozen_layers=schedule.frozen_layers(step),
-            scale_weights=schedule.scale_weights(step),
+            scale_weights=now.scale_weights,
         )
-        heads = schedule.active_heads(step)
-        return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(heads, output.losses, strict=True)}
+        return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(now.heads, output.losses, strict=True)}
 
     def end_step(self, engine: FreezingEngine) -> None:
         """Do nothing."""
@@ -92,7 +91,7 @@ class Pretraining:
             self._probe = Probe(
                 self.config, rank=engine.rank, world_size=engine.world_size, mean_over_ranks=engine.mean_over_ranks
             )
-        return self._probe.measure(engine.module)
+        return self._probe.measure(cast(LocalMIM, engine.module))
 
     def draw(self, engine: FreezingEngine) -> Tensor | None:
         """Return the reconstruction of the same few images, with the same masks, every time."""
@@ -101,9 +100,11 @@ class Pretraining:
         if self._shown is None:
             loader = open_split(self.config, "validation" if self.config.data.val else "train")
             self._shown = next(iter(loader)).images[:SHOWN_IMAGES]
-        panels = make_panels(engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers)
+        panels = make_panels(
+            cast(LocalMIM, engine.module), self._shown.to(engine.device), frozen_layers=engine.frozen_layers
+        )
         return to_pixels(draw_figure(panels))
 
     def close(self, directory: Path, engine: FreezingEngine) -> None:
         """Export the encoder, compare it with a random one, plot, and print the closing table."""
-        close_run(self.config, directory, model=engine.module, fresh_model=build_model(self.config))
+        close_run(self.config, directory, model=cast(LocalMIM, engine.module), fresh_model=build_model(self.config))

@@ -15,7 +15,7 @@ from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import Classifier, LocalMIM
 from vitfreeze.pretrained import Pretrained, read_pretrained
-from vitfreeze.schedule import RunSchedule
+from vitfreeze.schedule import ScheduledStep
 
 logger = logging.getLogger("vitfreeze")
 
@@ -44,9 +44,9 @@ class Task(Protocol):
         """Return the model, with the weights that a new run begins with."""
 
     def forward(
-        self, engine: FreezingEngine, batch: Batch, *, schedule: RunSchedule, step: int
+        self, engine: FreezingEngine, batch: Batch, *, now: ScheduledStep, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the model on a micro-batch; return the loss to minimise, and its parts to log."""
+        """Run the model on the micro-batch of that number; return the loss to minimise, and its parts to log."""
 
     def end_step(self, engine: FreezingEngine) -> None:
         """Do what follows an update of the weights."""

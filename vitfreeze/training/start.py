@@ -7,11 +7,10 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -19,10 +18,11 @@ from vitfreeze.checkpoint import folder
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint
 from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_config
 from vitfreeze.engine import Processes
+from vitfreeze.report import Reporter
+from vitfreeze.training.state import read_resumed_from
 
 logger = logging.getLogger("vitfreeze")
 
-RESUMED_FROM, ADAPTIVE_CHECKS = "resumed_from", "adaptive_checks"
 _LOCK = ".lock"
 _HARMLESS_SUFFIXES = (".log", ".out", ".err")  # what a scheduler may have put there before the run began
 
@@ -34,8 +34,7 @@ class Start:
     Attributes:
         checkpoint: what to go on from; None for a new run.
         reason: one sentence for the log.
-        resumed_from: `resume.from` of the run, to be kept in the `extra` of its checkpoints, so that a run that is
-            started again by the same command goes on from its own newest one.
+        resumed_from: `resume.from` of the run, which its checkpoints remember.
     """
 
     checkpoint: Checkpoint | None
@@ -47,10 +46,18 @@ class Start:
         """The first step to take."""
         return self.checkpoint.step if self.checkpoint else 0
 
-    @property
-    def events(self) -> tuple[Mapping[str, Any], ...]:
-        """The adaptive checks that the run had made by then."""
-        return tuple(self.checkpoint.extra.get(ADAPTIVE_CHECKS, ())) if self.checkpoint else ()
+    def report(self, reporter: Reporter) -> None:
+        """Say where the run begins, and which checkpoints were passed over, in the log and in the events."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            reporter.log_event("start", 0, message=self.reason)
+            return
+        for path, reason in checkpoint.rejected:
+            reporter.log_event("checkpoint_rejected", self.step, path=path, reason=reason)
+        reporter.log_event(
+            "resume", self.step, message=self.reason, path=str(checkpoint.path), world_size=checkpoint.world_size,
+            versions=checkpoint.manifest["versions"], frozen_layers=checkpoint.frozen_layers,
+        )  # fmt: skip
 
 
 class RunFolder:
@@ -129,7 +136,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
     own = find_checkpoint(directory)
     if own:
         _refuse_other_settings(config, own.path / folder.CONFIG)
-    begun_from = str(own.extra.get(RESUMED_FROM, "")) if own else ""
+    begun_from = read_resumed_from(own)
     wanted = str(Path(config.resume.from_).resolve()) if config.resume.from_ else ""
     if wanted and wanted != begun_from:
         chosen, reason = _open_wanted(config, wanted), f"going on from {wanted}, as resume.from says"
@@ -145,7 +152,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
         folder.set_aside(Path(damaged))
     folder.replace_durably(directory / folder.CONFIG, dump_config(config).encode())
     path, rejected = (str(chosen.path), chosen.rejected) if chosen else ("", ())
-    return json.dumps({"path": path, "rejected": rejected, "reason": reason, RESUMED_FROM: begun_from})
+    return json.dumps({"path": path, "rejected": rejected, "reason": reason, "resumed_from": begun_from})
 
 
 def _holds_run(directory: Path) -> bool:
