@@ -171,16 +171,12 @@ def test_optimizer_state_is_exactly_the_active_share(runs: list[dict[str, Any]],
 def test_events_tell_what_left(runs: list[dict[str, Any]]) -> None:
     for run in runs:
         events = run["dropped"]["events"]
-        assert [(event["step"], event["layers"], event["heads"]) for event in events] == [
-            (2, (0,), ()),
-            (3, (1, 2), (0,)),
-            (5, (3, 4), (1,)),
+        assert [(event["step"], event["layers"], set(event["units"])) for event in events] == [
+            (2, (0,), {"layer_00"}),
+            (3, (1, 2), {"layer_01", "layer_02", "head_0"}),
+            (5, (3, 4), {"layer_03", "layer_04", "head_1"}),
         ]
-        assert [set(event["dropped"]) for event in events] == [
-            {"layer_00"},
-            {"layer_01", "layer_02", "head_0"},
-            {"layer_03", "layer_04", "head_1"},
-        ]
+        assert all(sorted(event["dropped"]) == sorted(event["units"]) for event in events)
         for event in events:
             assert event["seconds"] > 0
             assert event["trainable_parameters"] == sum(groups_at(frozen_at(event["step"])).values())
@@ -362,15 +358,15 @@ def test_change_of_layers_is_the_same_on_all_ranks(ranks: list[dict[str, Any]], 
 
 def test_drops_wait_for_each_other(ranks: list[dict[str, Any]]) -> None:
     events = [
-        (event["step"], event["layers"], event["heads"], set(event["dropped"]))
+        (event["step"], event["layers"], set(event["units"]), set(event["dropped"]))
         for event in ranks[0]["waiting"]["events"]
     ]
     assert events == [
-        (1, (0,), (), {"layer_00"}),
-        (2, (1,), (), set()),
-        (3, (2,), (0,), set()),
-        (6, (), (), {"layer_01", "layer_02", "head_0"}),
-        (7, (3,), (), set()),
+        (1, (0,), {"layer_00"}, {"layer_00"}),
+        (2, (1,), {"layer_01"}, set()),
+        (3, (2,), {"layer_02", "head_0"}, set()),
+        (6, (), set(), {"layer_01", "layer_02", "head_0"}),
+        (7, (3,), {"layer_03"}, set()),
     ]
 
 
@@ -391,7 +387,7 @@ def test_drops_wait_for_each_other(ranks: list[dict[str, Any]]) -> None:
         ("short slice", "asked for elements"),
         ("half prefix", "freeze.prefix_precision = 'fp32': allowed are auto and bf16"),
         ("backward through half", "the backward pass runs through the prefix"),
-        ("strange parameter", "parameter extra.weight trains but belongs to no encoder layer and to no head"),
+        ("strange parameter", "parameter extra.weight trains but belongs to no freeze unit of ToyModel"),
     ],
 )
 def test_misuse_is_refused(ranks: list[dict[str, Any]], what: str, sentence: str) -> None:

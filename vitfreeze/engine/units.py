@@ -103,12 +103,18 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def plan_groups(model: nn.Module, units: Mapping[str, Sequence[str]] | None = None) -> tuple[GroupPlan, ...]:
     """Return the parameter groups of all units, the last to freeze first, `<unit>.decay` before `<unit>.no_decay`.
 
-    The order makes the groups that are dropped next the last of the optimizer. Errors are those of `complete_units`
-    and `assign_units`.
+    The order makes the groups that are dropped next the last of the optimizer.
+
+    Raises:
+        ValueError: as `complete_units` and `assign_units`, or a model's own units leave out a parameter.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     known = complete_units(units, model=model)
     owners = assign_units(parameters, known)
+    if units is None:
+        for name, unit in owners.items():
+            if unit == REST:
+                raise ValueError(f"parameter {name} trains but belongs to no freeze unit of {type(model).__name__}")
     undecayed = set(model.no_weight_decay()) if isinstance(model, HasNoWeightDecay) else set()
     members: dict[tuple[FreezeUnit, bool], list[str]] = {}
     for name, parameter in parameters.items():
