@@ -146,7 +146,7 @@ def test_accumulation_shows_its_arithmetic() -> None:
 def test_warm_up_must_leave_something() -> None:
     with pytest.raises(ConfigError, match="shorter than the run: 100 of 100 steps"):
         count_steps(load_config("paper", ["run.length=100 steps", "optim.warmup=100 steps"]), steps_per_epoch=10)
-    with pytest.raises(ConfigError, match="at least one step"):
+    with pytest.raises(ConfigError, match="at least 1 step"):
         count_steps(load_config("paper", ["run.length=0.001 epochs"]), steps_per_epoch=10)
 
 
