@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 
 from vitfreeze.config import (
     RECIPE_FOLDER,
+    ArgumentError,
     Config,
     ConfigError,
     Duration,
+    Range,
+    check_argument,
     count_steps,
     derive_accumulation,
+    describe_allowed,
     differing_settings,
     dump_config,
     explain_config,
+    is_allowed,
     load_config,
     settings,
 )
@@ -88,6 +94,57 @@ def test_every_setting_is_explained_and_has_its_type() -> None:
         assert len(option.metadata["help"]) > 5, key
 
 
+# What a number, or a length, may be is said by the geometry of the model.
+RULES_OF_THE_MODEL = {"model.img_size", "model.patch_size", "model.depth"}
+
+
+def test_every_setting_declares_what_it_may_be() -> None:
+    text = explain_config(load_config("paper"))
+    for key, value, option in settings(Config()):
+        assert f"{key} = " in text
+        assert f"    allowed: {describe_allowed(option)}\n" in f"{text}\n"
+        assert is_allowed(value, option), f"{key}: its default breaks its rule"
+        if isinstance(value, Duration):
+            assert set(option.metadata["unit"].split(", ")) <= {"steps", "epochs", "minutes", "fraction"}, key
+        elif option.type in ("int", "float", "int | None", "float | None") and key not in RULES_OF_THE_MODEL:
+            assert option.metadata["within"] is not None, key
+
+
+def test_the_rule_is_shown_beside_the_setting() -> None:
+    lines = explain_config(load_config("paper")).splitlines()
+    below = {line.split(" = ")[0]: lines[number + 2].strip() for number, line in enumerate(lines) if " = " in line}
+    assert below["freeze.t_0"] == "allowed: a number in (0, 1]"
+    assert below["batch.micro_size"] == "allowed: an integer of at least 1 (images), or null"
+    assert below["data.crop_scale"] == "allowed: two numbers in (0, 1] and in rising order"
+    assert below["run.length"] == "allowed: a duration above 0 (steps, epochs)"
+    assert below["freeze.how"] == "allowed: one of linear, squared, cubic"
+
+
+@pytest.mark.parametrize(
+    ("within", "words", "inside", "outside"),
+    [
+        (Range(0), "of at least 0", (0, 7.5), (-1e-9, math.inf, math.nan)),
+        (Range(0, open_low=True), "above 0", (1e-9,), (0, math.inf)),
+        (Range(0, 1, open_low=True), "in (0, 1]", (1e-9, 1), (0, 1.1, math.nan)),
+        (Range(0, 1, open_high=True), "in [0, 1)", (0, (0.9, 0.95)), (1, (0.9, 1.0))),
+        (Range(0, 2**31 - 1), "in [0, 2147483647]", (2**31 - 1,), (2**31,)),
+        (Range(0, 1, rising=True), "in [0, 1] and in rising order", ((0.2, 1.0), (0.5, 0.5)), ((1.0, 0.2),)),
+    ],
+)
+def test_range(within: Range, words: str, inside: tuple[object, ...], outside: tuple[object, ...]) -> None:
+    assert str(within) == words
+    assert [value for value in inside if value not in within] == []
+    assert [value for value in outside if value in within] == []
+
+
+def test_an_argument_is_judged_by_the_rule_of_its_setting() -> None:
+    check_argument("data.prefetch", 1)
+    with pytest.raises(ArgumentError, match=r"^prefetch is 0, expected an integer of at least 1$"):
+        check_argument("data.prefetch", 0)
+    with pytest.raises(ArgumentError, match=r"^measure is 'sound', expected one of weight, gradient$"):
+        check_argument("freeze.adaptive_measure", "sound", name="measure")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -99,6 +156,12 @@ def test_every_setting_is_explained_and_has_its_type() -> None:
         ("run.length=50%", "steps, epochs"),
         ("freeze.scale_lr=1", "true or false"),
         ("data.crop_scale=[0.5]", "two numbers"),
+        ("data.crop_scale=[1, 0.5]", "two numbers in .* rising order"),
+        ("optim.betas=[0.9, 1]", r"two numbers in \[0, 1\)"),
+        ("checkpoint.every=0", "a duration above 0 .steps, epochs, minutes, fraction"),
+        ("eval.every=5 minutes", "a duration .steps, epochs, fraction"),
+        ("data.cache_gigabytes=0", "a number above 0"),
+        ("model.mlp_ratio=0", "a number above 0, or null"),
         ("loss.scale_weights=[1, 1, 1]", "four numbers"),
         ("model.embed_dim=100", "multiple"),
         ("optim.eps=.nan", "a finite number"),
@@ -146,7 +209,7 @@ def test_accumulation_shows_its_arithmetic() -> None:
 def test_warm_up_must_leave_something() -> None:
     with pytest.raises(ConfigError, match="shorter than the run: 100 of 100 steps"):
         count_steps(load_config("paper", ["run.length=100 steps", "optim.warmup=100 steps"]), steps_per_epoch=10)
-    with pytest.raises(ConfigError, match="at least one step"):
+    with pytest.raises(ConfigError, match="at least 1 step"):
         count_steps(load_config("paper", ["run.length=0.001 epochs"]), steps_per_epoch=10)
 
 

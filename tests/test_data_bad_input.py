@@ -432,7 +432,7 @@ def test_links_and_devices_in_a_shard_are_not_followed(tmp_path: Path, make_load
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
         ({"crop_scale": (0.0, 1.0)}, "scale is"),
         ({"window_shards": 0}, "window_shards is 0"),
-        ({"cache_gigabytes": 0.0}, "bounded to 0 bytes"),
+        ({"cache_gigabytes": 0.0}, "cache_gigabytes is 0.0, expected a number above 0"),
     ],
 )
 def test_settings_that_cannot_work(

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitfreeze import __version__
 
@@ -119,7 +119,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     blocks = parser.add_mutually_exclusive_group()
     blocks.add_argument("--blocks", nargs="+", type=int, default=(), metavar="N", help="from 1; default: the last")
     blocks.add_argument("--all-blocks", action="store_true", help="judge every block")
-    parser.add_argument("--pool", default="avg", help="avg: mean of the patches (default); token: the class token")
+    parser.add_argument("--pool", help="avg: mean of the patches (default); token: the class token")
     parser.add_argument("--limit", type=int, help="images of each split and rank; default: all")
     parser.add_argument("--workers", type=int, help="decoding processes; default: as the run")
 
@@ -129,46 +129,52 @@ def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
 
     return EvaluationData(
         train=tuple(parsed.train), val=tuple(parsed.val), blocks=tuple(parsed.blocks), all_blocks=parsed.all_blocks,
-        global_pool=parsed.pool, limit=parsed.limit, workers=parsed.workers,
+        limit=parsed.limit, workers=parsed.workers, **_given(global_pool=parsed.pool),
     )  # fmt: skip
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given; for the others, the function that they are passed to has its defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _add_knn(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("knn", help="classify validation images by their nearest training images")
     _add_evaluation(parser)
-    parser.add_argument("--k", nargs="+", type=int, default=(10, 20), help="numbers of neighbours")
+    parser.add_argument("--k", nargs="+", type=int, help="numbers of neighbours; default: 10 20")
     parser.set_defaults(handler=_knn)
 
 
 def _knn(parsed: argparse.Namespace) -> int:
     from vitfreeze.evaluate import evaluate_knn
 
-    found = evaluate_knn(parsed.weights, _evaluation_data(parsed), k=parsed.k)
+    found = evaluate_knn(parsed.weights, _evaluation_data(parsed), **_given(k=parsed.k))
     if os.environ.get("RANK", "0") == "0":
-        print("block  " + "  ".join(f"{f'{k}-NN':>7}" for k in parsed.k))
+        print("block  " + "  ".join(f"{f'{k}-NN':>7}" for k in next(iter(found.values()))))
         for block, accuracies in found.items():
-            print(f"{block:>5}  " + "  ".join(f"{100 * accuracies[k]:>6.2f}%" for k in parsed.k))
+            print(f"{block:>5}  " + "  ".join(f"{100 * accuracy:>6.2f}%" for accuracy in accuracies.values()))
     return 0
 
 
 def _add_linear(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("linear", help="train linear classifiers on the features, one per learning rate")
     _add_evaluation(parser)
-    parser.add_argument("--optimizer", default="lars", help="lars (MAE's, default) or sgd")
+    parser.add_argument("--optimizer", help="lars (MAE's, default) or sgd")
     parser.add_argument("--blr", nargs="+", type=float, default=(), help="learning rates per 256 images")
-    parser.add_argument("--epochs", type=int, default=90)
-    parser.add_argument("--warmup-epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=16384)
+    parser.add_argument("--epochs", type=int, help="default: MAE's, as of the next two")
+    parser.add_argument("--warmup-epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
     parser.set_defaults(handler=_linear)
 
 
 def _linear(parsed: argparse.Namespace) -> int:
     from vitfreeze.evaluate import LinearSettings, evaluate_linear, find_best
 
-    settings = LinearSettings(
-        optimizer=parsed.optimizer, blr=tuple(parsed.blr), epochs=parsed.epochs, warmup_epochs=parsed.warmup_epochs,
+    given = _given(
+        optimizer=parsed.optimizer, epochs=parsed.epochs, warmup_epochs=parsed.warmup_epochs,
         batch_size=parsed.batch_size,
     )  # fmt: skip
+    settings = LinearSettings(blr=tuple(parsed.blr), **given)
     found = evaluate_linear(parsed.weights, _evaluation_data(parsed), settings=settings)
     if os.environ.get("RANK", "0") == "0":
         print("block       blr    top-1    top-5     loss")
@@ -259,7 +265,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.compare and parsed.target_saving is not None:
         raise ValueError("--compare and --target-saving exclude each other: a target is found for one recipe")
     times = planner.read_step_times(Path(parsed.bench)) if parsed.bench else None
-    counts = {} if parsed.images is None else {"images_per_epoch": parsed.images}
+    counts = _given(images_per_epoch=parsed.images)
     # After --compare A B, what stands in the place of the recipe is the first override.
     overrides = [parsed.recipe, *parsed.overrides] if parsed.compare and parsed.recipe else parsed.overrides
     configs = [load_config(recipe, overrides) for recipe in parsed.compare or [parsed.recipe]]
@@ -268,11 +274,10 @@ def _plan(parsed: argparse.Namespace) -> int:
         as_text = planner.format_targets(targets, target_saving=parsed.target_saving)
         print(json.dumps([asdict(target) for target in targets], indent=1) if parsed.json else as_text)
         return 0
-    speed = {} if parsed.tflops is None else {"teraflops": parsed.tflops}
     plans = [
         planner.plan(
             config, world_size=parsed.nodes * parsed.gpus, times=times, bandwidth_gigabytes=parsed.bandwidth,
-            **speed, **counts,
+            **_given(teraflops=parsed.tflops), **counts,
         )
         for config in configs
     ]  # fmt: skip

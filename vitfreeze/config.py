@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +32,17 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, its value, what is allowed and where it was set."""
 
 
+class ArgumentError(ValueError):
+    """An argument that cannot be used: its name, its value, and what is allowed instead."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(name, value, allowed)
+        self.name, self.value, self.allowed = name, value, allowed
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.value!r}, expected {self.allowed}"
+
+
 @dataclass(frozen=True)
 class Duration:
     """A stretch of a run: '500 steps', '10 epochs', '30 minutes', or a fraction of the run (0.1 or '10%')."""
@@ -37,24 +50,16 @@ class Duration:
     value: float
     unit: str
 
-    UNITS: typing.ClassVar[tuple[str, ...]] = ("steps", "epochs", "minutes", "fraction")
-
     @classmethod
     def parse(cls, text: object) -> Duration:
         """Read a duration from YAML or the command line; raises ValueError with the accepted spellings."""
-        if isinstance(text, (int, float)) and not isinstance(text, bool) and 0 <= text <= 1:
-            return cls(float(text), "fraction")
-        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(step|epoch|minute|%)?s?\s*", str(text))
-        try:
-            value = float(match.group(1)) if match else -1.0
-        except ValueError:
-            value = -1.0
-        word = match.group(2) if match else None
-        if word is None and 0 <= value <= 1:
+        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(step|epoch|minute|%)?s?\s*", str(text))
+        value, word = (float(match.group(1)), match.group(2)) if match else (math.inf, None)
+        if word is None and value <= 1:
             return cls(value, "fraction")
-        if word == "%" and 0 <= value <= 100:
+        if word == "%" and value <= 100:
             return cls(value / 100, "fraction")
-        if word in ("step", "epoch", "minute") and 0 <= value < float("inf"):
+        if word in ("step", "epoch", "minute") and value < math.inf:
             return cls(value, f"{word}s")
         raise ValueError("a duration like '500 steps', '10 epochs', '30 minutes', '5%' or a fraction in [0, 1]")
 
@@ -72,9 +77,76 @@ class Duration:
         return f"{self.value:g}" if self.unit == "fraction" else f"{self.value:g} {self.unit}"
 
 
-def option(default: T, help_text: str, *, may_change: bool = False, choices: Sequence[str] = ()) -> T:
-    """Declare a setting with its one-line explanation; `may_change` settings may differ when a run is resumed."""
-    return field(default=default, metadata={"help": help_text, "may_change": may_change, "choices": tuple(choices)})
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `low` to `high`, an open end excluded; of a tuple every number, `rising` in this order."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    rising: bool = False
+
+    def __contains__(self, value: float | tuple[float, ...]) -> bool:
+        numbers = value if isinstance(value, tuple) else (value,)
+        inside = all(self.low <= number <= self.high and math.isfinite(number) for number in numbers)
+        at_open_end = (self.open_low and self.low in numbers) or (self.open_high and self.high in numbers)
+        return inside and not at_open_end and (not self.rising or list(numbers) == sorted(numbers))
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low}" if self.open_low else f"of at least {self.low}"
+        interval = f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}"
+        return f"{interval} and in rising order" if self.rising else interval
+
+
+AT_LEAST_0, AT_LEAST_1, ABOVE_0 = Range(0), Range(1), Range(0, open_low=True)
+SHARE, SHARE_ABOVE_0, SHARE_BELOW_1 = Range(0, 1), Range(0, 1, open_low=True), Range(0, 1, open_high=True)
+IN_RUN = "steps, epochs, fraction"  # a duration that can be counted in the steps of its run
+# What freeze.how does to the straight line from t_0 to 1: the power that it is raised to.
+POWERS: Mapping[str, int] = types.MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
+_SCALE_WEIGHTS = "four numbers >= 0, not all 0, or such lists behind rising shares of the run: [share, [four numbers]]"
+_NOUNS = {
+    "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Duration": "a duration",
+    "tuple[str, ...]": "a text or a list of texts", "tuple[float, float]": "two numbers",
+}  # fmt: skip
+
+
+def option(
+    default: T, help_text: str, within: Range | None = None, *, unit: str = "", choices: Sequence[str] = (),
+    may_change: bool = False,
+) -> T:  # fmt: skip
+    """Declare a setting with its one-line explanation and its rule, which is told nowhere else.
+
+    Numbers lie `within` a range and count `unit`; a duration may be given in each `unit` of a list; a text is one of
+    `choices`. `may_change` settings may differ when a run is resumed.
+    """
+    metadata = {"help": help_text, "within": within, "unit": unit, "choices": choices, "may_change": may_change}
+    return field(default=default, metadata=metadata)
+
+
+def describe_allowed(option_field: dataclasses.Field[Any]) -> str:
+    """Return what a setting may be, as in 'a number in (0, 1]'; it completes 'allowed: '."""
+    rule, (kind, *optional) = option_field.metadata, str(option_field.type).split(" | ")
+    noun = f"one of {', '.join(rule['choices'])}" if rule["choices"] else _NOUNS.get(kind, _SCALE_WEIGHTS)
+    unit = f" ({rule['unit']})" if rule["unit"] else ""
+    return f"{noun} {rule['within'] or ''}".rstrip() + unit + (", or null" if optional else "")
+
+
+def is_allowed(value: Any, option_field: dataclasses.Field[Any]) -> bool:
+    """Say whether the rule of a setting allows a value of its type; null needs no rule."""
+    rule, number = option_field.metadata, value.value if isinstance(value, Duration) else value
+    unit_fits = not isinstance(value, Duration) or value.unit in rule["unit"].split(", ")
+    allowed = rule["choices"] or rule["within"]
+    return value is None or (unit_fits and (not allowed or number in allowed))
+
+
+def check_argument(key: str, value: Any, *, name: str = "") -> None:
+    """Refuse an argument that the rule of setting `section.key` does not allow; raises ArgumentError for `name`."""
+    section, _, setting = key.partition(".")
+    option_field = getattr(Config, section).__dataclass_fields__[setting]
+    if value is None or not is_allowed(value, option_field):
+        raise ArgumentError(name or setting, value, describe_allowed(option_field))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +154,23 @@ class ModelConfig:
     """The encoder, its four heads and the masking."""
 
     size: str = option("vit_base_patch16", "row of the size table", choices=tuple(MODEL_SIZES))
-    img_size: int = option(224, "side of the training crops in pixels")
-    patch_size: int | None = option(None, "override of the size table")
-    embed_dim: int | None = option(None, "override of the size table")
+    img_size: int = option(224, "side of the training crops", unit="pixels")
+    patch_size: int | None = option(None, "override of the size table: side of a patch", unit="pixels")
+    embed_dim: int | None = option(None, "override of the size table", AT_LEAST_1)
     depth: int | None = option(None, "override of the size table: number of blocks")
-    num_heads: int | None = option(None, "override of the size table: attention heads")
-    mlp_ratio: float | None = option(None, "override of the size table")
-    decoder_embed_dim: int | None = option(None, "override of the size table")
-    decoder_depth: int | None = option(None, "override of the size table")
-    decoder_num_heads: int | None = option(None, "override of the size table")
-    hog_nbins: int = option(9, "orientation bins of the HOG targets (LocalMIM: 9; 18 for ViT-L)")
+    num_heads: int | None = option(None, "override of the size table: attention heads", AT_LEAST_1)
+    mlp_ratio: float | None = option(None, "override of the size table", ABOVE_0)
+    decoder_embed_dim: int | None = option(None, "override of the size table", AT_LEAST_1)
+    decoder_depth: int | None = option(None, "override of the size table", AT_LEAST_1)
+    decoder_num_heads: int | None = option(None, "override of the size table", AT_LEAST_1)
+    hog_nbins: int = option(9, "orientation bins of the HOG targets (LocalMIM: 9; 18 for ViT-L)", AT_LEAST_1)
     hog_bias: bool = option(False, "random biases in the gradient filters, as in LocalMIM's ViT-L recipe")
-    mask_ratio: float = option(0.75, "share of the patches that the encoder does not see")
-    activation_checkpointing: bool = option(
-        False, "recompute active blocks in the backward pass to save memory", may_change=True
+    mask_ratio: float = option(
+        0.75, "share of the patches that are not seen", Range(0, 1, open_low=True, open_high=True)
     )
+    activation_checkpointing: bool = option(False, "recompute active blocks to save memory", may_change=True)
     compile: bool = option(False, "torch.compile each block", may_change=True)
-    init_from: str = option(
-        "", "weights to begin with: a run, an export, a LocalMIM or MAE .pth, or timm:NAME", may_change=True
-    )
+    init_from: str = option("", "first weights: a run, an export, LocalMIM's or MAE's .pth, timm:NAME", may_change=True)
 
     def resolve(self) -> ModelSize:
         """Return the dimensions: the row of the size table with the overrides applied."""
@@ -115,40 +185,40 @@ class DataConfig:
 
     train: tuple[str, ...] = option((), "training shards: a folder, a brace pattern, URLs, or a list", may_change=True)
     val: tuple[str, ...] = option((), "labelled validation shards, for k-NN and fine-tuning", may_change=True)
-    workers: int = option(8, "decoding processes per rank", may_change=True)
-    prefetch: int = option(4, "batches that each worker keeps ready", may_change=True)
-    crops_per_image: int = option(1, "independent crops and masks taken from one decoded image")
-    crop_scale: tuple[float, ...] = option((0.2, 1.0), "area of the random crop as a share of the image")
-    max_bad_fraction: float = option(0.001, "share of samples that may fail to decode before the run ends")
+    workers: int = option(8, "decoding processes per rank", Range(0, 1024), may_change=True)
+    prefetch: int = option(4, "batches that each worker keeps ready", AT_LEAST_1, may_change=True)
+    crops_per_image: int = option(1, "independent crops and masks taken from one decoded image", AT_LEAST_1)
+    crop_scale: tuple[float, float] = option(
+        (0.2, 1.0), "area of the random crop as a share of the image", Range(0, 1, open_low=True, rising=True)
+    )
+    max_bad_fraction: float = option(0.001, "share of samples that may fail to decode before the run ends", SHARE)
     allow_pipe: bool = option(False, "allow 'pipe:' URLs, which run a shell command", may_change=True)
     cache_dir: str = option("", "folder for fetched remote shards; default: the user's cache", may_change=True)
-    cache_gigabytes: float = option(200.0, "size at which the oldest fetched shards are removed", may_change=True)
+    cache_gigabytes: float = option(200.0, "size at which the oldest fetched shards go", ABOVE_0, may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and the learning rate before freezing shapes it."""
 
-    blr: float | None = option(2e-4, "learning rate per 256 images: base_lr = blr * batch.global_size / 256")
-    base_lr: float | None = option(None, "absolute learning rate; needs blr=null")
-    min_lr: float = option(0.0, "learning rate at the end of the cosine of everything that is not an encoder layer")
-    warmup: Duration = option(Duration(10, "epochs"), "linear warm-up; does not count towards t_i")
-    betas: tuple[float, ...] = option((0.9, 0.95), "AdamW betas")
-    eps: float = option(1e-8, "AdamW epsilon")
-    weight_decay: float = option(0.05, "decoupled weight decay; none on biases and other 1-d parameters")
+    blr: float | None = option(2e-4, "rate per 256 images: base_lr = blr * batch.global_size / 256", AT_LEAST_0)
+    base_lr: float | None = option(None, "absolute learning rate; needs blr=null", AT_LEAST_0)
+    min_lr: float = option(0.0, "rate at the end of the cosine of all that is not an encoder layer", AT_LEAST_0)
+    warmup: Duration = option(Duration(10, "epochs"), "linear warm-up; does not count towards t_i", unit=IN_RUN)
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW betas", SHARE_BELOW_1)
+    eps: float = option(1e-8, "AdamW epsilon", AT_LEAST_0)
+    weight_decay: float = option(0.05, "decoupled weight decay; none on biases and other 1-d parameters", AT_LEAST_0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """How many images make a step."""
 
-    global_size: int = option(2048, "images per optimizer step over all ranks")
+    global_size: int = option(2048, "size of an optimizer step over all ranks", AT_LEAST_1, unit="images")
     micro_size: int | None = option(
-        None, "most images per rank and forward pass; accumulation follows", may_change=True
+        None, "most per rank and forward pass; accumulation follows", AT_LEAST_1, unit="images", may_change=True
     )
-    grow_micro_batch: bool = option(
-        False, "use memory that freezing releases for larger micro-batches", may_change=True
-    )
+    grow_micro_batch: bool = option(False, "use memory that freezing releases for larger ones", may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,29 +226,24 @@ class FreezeConfig:
     """FreezeOut."""
 
     mode: str = option(
-        "schedule", "schedule: FreezeOut; adaptive: by measured change; off: plain LocalMIM",
-        choices=("schedule", "adaptive", "off"),
-    )  # fmt: skip
-    t_0: float = option(0.8, "when layer 0 freezes, before `how` bends it, as a share of the steps after warm-up")
-    how: str = option("cubic", "how t_i bends from t_0 to 1 over the layers", choices=("linear", "squared", "cubic"))
+        "schedule", "FreezeOut; adaptive: by measured change; off: LocalMIM", choices=("schedule", "adaptive", "off")
+    )
+    t_0: float = option(0.8, "share of steps after warm-up that layer 0 trains, before `how` bends it", SHARE_ABOVE_0)
+    how: str = option("cubic", "how t_i bends from t_0 to 1 over the layers", choices=tuple(POWERS))
     scale_lr: bool = option(True, "divide a layer's initial rate by its t_i, so that all layers travel alike")
     cls_token: bool = option(True, "freeze the class token with layer 0; false: backward runs through the prefix")
     patch_embed: bool = option(True, "freeze the patch embedding as layer 0; false: it trains to the end")
     heads_lr: str = option(
-        "global", "rate of norms and decoders: one cosine (paper) or that of their tap's layer",
-        choices=("global", "layer"),
-    )  # fmt: skip
-    min_steps_between_drops: int = option(0, "drop layers that freeze within this many steps together")
-    prefix_precision: str = option(
-        "auto", "precision of the frozen prefix; auto: half on a GPU, fp32 on a CPU",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )  # fmt: skip
-    adaptive_measure: str = option(
-        "weight", "adaptive: relative change of weights or of gradients", choices=("weight", "gradient")
+        "global", "rate of norms and decoders: one cosine (paper) or that of their tap", choices=("global", "layer")
     )
-    adaptive_threshold: float = option(0.002, "adaptive: a layer below this relative change may freeze")
-    adaptive_window: Duration = option(Duration(0.02, "fraction"), "adaptive: how long it must stay below")
-    adaptive_floor: Duration = option(Duration(0.5, "fraction"), "adaptive: nothing freezes before")
+    min_steps_between_drops: int = option(0, "drop layers that freeze within this many steps together", AT_LEAST_0)
+    prefix_precision: str = option(
+        "auto", "of the frozen prefix; auto: half on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    adaptive_measure: str = option("weight", "adaptive: the relative change of what", choices=("weight", "gradient"))
+    adaptive_threshold: float = option(0.002, "adaptive: a layer below this relative change may freeze", ABOVE_0)
+    adaptive_window: Duration = option(Duration(0.02, "fraction"), "adaptive: how long it must stay below", unit=IN_RUN)
+    adaptive_floor: Duration = option(Duration(0.5, "fraction"), "adaptive: nothing freezes before", unit=IN_RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,27 +261,30 @@ class RunConfig:
     """The run as a whole."""
 
     task: str = option(
-        "pretrain", "pretrain or finetune: what the recipe is for; the command decides if it does not say",
-        choices=("pretrain", "finetune"),
-    )  # fmt: skip
-    length: Duration = option(Duration(100, "epochs"), "how long to train")
-    seed: int = option(0, "seed of weights, sample order, crops and masks")
+        "pretrain", "what the recipe is for; the command decides if it does not say", choices=("pretrain", "finetune")
+    )
+    length: Duration = option(Duration(100, "epochs"), "how long to train", ABOVE_0, unit="steps, epochs")
+    seed: int = option(0, "seed of weights, sample order, crops and masks", Range(0, 2**31 - 1))
     dir: str = option("", "run folder; default: runs/<recipe>", may_change=True)
     ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True)
-    log_every_steps: int = option(20, "steps between lines of metrics.jsonl", may_change=True)
+    log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, unit="steps", may_change=True)
     show_every: Duration = option(
-        Duration(0.1, "fraction"), "how often reconstructions go to TensorBoard; 0: never", may_change=True
+        Duration(0.1, "fraction"), "how often TensorBoard gets reconstructions; 0: never", unit=IN_RUN, may_change=True
     )
-    max_skipped_steps: int = option(50, "fp16 overflows in a row before the run ends", may_change=True)
-    watchdog_minutes: float = option(30.0, "end the job when no step finishes for this long; 0: never", may_change=True)
+    max_skipped_steps: int = option(50, "fp16 overflows in a row before the run ends", AT_LEAST_1, may_change=True)
+    watchdog_minutes: float = option(
+        30.0, "end the job if no step ends for so long; 0: never", AT_LEAST_0, may_change=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the run is saved."""
 
-    every: Duration = option(Duration(1, "epochs"), "steps, epochs, minutes or a fraction", may_change=True)
-    keep: int = option(2, "newest checkpoints to keep", may_change=True)
+    every: Duration = option(
+        Duration(1, "epochs"), "how often to save", ABOVE_0, unit="steps, epochs, minutes, fraction", may_change=True
+    )
+    keep: int = option(2, "newest checkpoints to keep", AT_LEAST_1, may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,32 +298,28 @@ class ResumeConfig:
 class EvalConfig:
     """Evaluation on the way: k-NN on held-out images in pre-training, all validation images in fine-tuning."""
 
-    every: Duration = option(Duration(0, "steps"), "how often to evaluate; 0: never", may_change=True)
-    samples: int = option(
-        2000, "held-out images that k-NN classifies, and labelled training images to compare with", may_change=True
-    )
-    k: int = option(10, "neighbours", may_change=True)
-    max_share: float = option(
-        0.05, "share of the time that probes may take; above it they are left out", may_change=True
-    )
+    every: Duration = option(Duration(0, "steps"), "how often to evaluate; 0: never", unit=IN_RUN, may_change=True)
+    samples: int = option(2000, "held-out images of k-NN, and as many training images", AT_LEAST_1, may_change=True)
+    k: int = option(10, "neighbours", AT_LEAST_1, may_change=True)
+    max_share: float = option(0.05, "share of the time above which probes are left out", SHARE, may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """What only fine-tuning has; timm's names."""
 
-    num_classes: int = option(1000, "classes of the labels, numbered from 0")
+    num_classes: int = option(1000, "classes of the labels, numbered from 0", AT_LEAST_1)
     global_pool: str = option("avg", "avg: mean of the patches; token: the class token", choices=("avg", "token"))
     resample_positions: bool = option(False, "fit the positions of model.init_from to another model.img_size")
-    drop_path: float = option(0.1, "probability of skipping a residual branch in the last block, rising from 0")
-    layer_decay: float = option(0.75, "factor on the learning rate from each layer to the one below it")
-    mixup: float = option(0.8, "alpha of mixup; 0: none")
-    cutmix: float = option(1.0, "alpha of cutmix; 0: none")
-    smoothing: float = option(0.1, "label smoothing")
+    drop_path: float = option(0.1, "probability of skipping a branch of the last block, rising from 0", SHARE_BELOW_1)
+    layer_decay: float = option(0.75, "factor on the learning rate from a layer to the one below it", SHARE_ABOVE_0)
+    mixup: float = option(0.8, "alpha of mixup; 0: none", AT_LEAST_0)
+    cutmix: float = option(1.0, "alpha of cutmix; 0: none", AT_LEAST_0)
+    smoothing: float = option(0.1, "label smoothing", SHARE_BELOW_1)
     aa: str = option("rand-m9-mstd0.5-inc1", "timm's RandAugment or AutoAugment policy; '': none")
-    reprob: float = option(0.25, "probability of erasing a random rectangle of an image")
-    clip_grad: float | None = option(None, "largest norm of the gradient; null: as the DeepSpeed JSON says")
-    model_ema_decay: float = option(0.0, "decay per step of an average of the weights; 0: no average")
+    reprob: float = option(0.25, "probability of erasing a random rectangle of an image", SHARE)
+    clip_grad: float | None = option(None, "largest norm of the gradient; null: as the DeepSpeed JSON says", AT_LEAST_0)
+    model_ema_decay: float = option(0.0, "decay per step of an average of the weights; 0: no average", SHARE_BELOW_1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +346,17 @@ class Config:
         value = _plain(getattr(getattr(self, section), _field_name(name)))
         return ConfigError(f"{key} is {value!r}; allowed: {allowed} (set in {self.origins.get(key, 'the defaults')})")
 
+    @contextmanager
+    def attribute_errors(self, keys: Mapping[str, str], *, steps_per_epoch: int) -> Iterator[None]:
+        """Turn the error of an argument into that of the setting which, by `keys`, it was made of."""
+        try:
+            yield
+        except ArgumentError as error:
+            key = keys[error.name]
+            steps = f"; with {steps_per_epoch} steps an epoch, {error.name} is {error.value}"
+            here = "" if key.endswith(f".{error.name}") else steps
+            raise self.error(key, f"{error.allowed}{here}") from None
+
     @property
     def base_lr(self) -> float:
         """Learning rate before per-layer scaling: as given, or blr times the global batch over 256."""
@@ -301,14 +376,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the recipe is not found, a key is unknown, or a value cannot be used.
     """
     path = find_recipe(recipe)
-    values: dict[str, tuple[Any, str]] = {}
-    for key, value, where in _read_recipe(path):
-        values[key] = (value, where)
+    values = {key: (value, where) for key, value, where in _read_recipe(path)}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or "." not in key:
             raise ConfigError(f"{override!r} is not an override; write section.key=value, as in freeze.t_0=0.9")
-        values[key.strip()] = (_parse_yaml(text, f"the override {override!r}"), "the command line")
+        with _reading_yaml(f"the override {override!r}"):
+            values[key.strip()] = (yaml.safe_load(text), "the command line")
     return build_config(values, recipe=path.stem)
 
 
@@ -383,106 +457,25 @@ def find_ds_config(name: str) -> Path:
 def check_config(config: Config) -> None:
     """Check what can be checked without data, ranks or torch; raises ConfigError."""
     for key, value, option_field in settings(config):
-        choices = option_field.metadata["choices"]
-        if choices and value not in choices:
-            raise config.error(key, f"one of {', '.join(choices)}")
-    for key, low, high, words in _RANGES:
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None and not low <= value <= high:
-            raise config.error(key, words)
-    if not 0 < config.freeze.t_0 <= 1:
-        raise config.error("freeze.t_0", "a number in (0, 1]")
-    if not 0 < config.model.mask_ratio < 1:
-        raise config.error("model.mask_ratio", "a number strictly between 0 and 1")
+        if not is_allowed(value, option_field):
+            raise config.error(key, describe_allowed(option_field))
     if (config.optim.blr is None) == (config.optim.base_lr is None):
         raise config.error("optim.base_lr", f"one of base_lr and blr, the other null; blr is {config.optim.blr!r}")
-    _check_lists(config)
-    _check_durations(config)
-    _check_model(config)
-
-
-_AT_LEAST_1 = (1, 2**62, "an integer of at least 1")
-_NOT_NEGATIVE = (0, float("inf"), "a number of at least 0")
-_RANGES: tuple[tuple[str, float, float, str], ...] = (
-    ("model.hog_nbins", *_AT_LEAST_1),
-    ("data.workers", 0, 1024, "an integer from 0 to 1024"),
-    ("data.prefetch", *_AT_LEAST_1),
-    ("data.crops_per_image", *_AT_LEAST_1),
-    ("data.max_bad_fraction", 0, 1, "a number in [0, 1]"),
-    ("data.cache_gigabytes", *_NOT_NEGATIVE),
-    ("optim.blr", *_NOT_NEGATIVE),
-    ("optim.base_lr", *_NOT_NEGATIVE),
-    ("optim.min_lr", *_NOT_NEGATIVE),
-    ("optim.eps", *_NOT_NEGATIVE),
-    ("optim.weight_decay", *_NOT_NEGATIVE),
-    ("batch.global_size", *_AT_LEAST_1),
-    ("batch.micro_size", *_AT_LEAST_1),
-    ("freeze.min_steps_between_drops", *_NOT_NEGATIVE),
-    ("freeze.adaptive_threshold", *_NOT_NEGATIVE),
-    ("run.log_every_steps", *_AT_LEAST_1),
-    ("run.seed", 0, 2**31 - 1, "an integer from 0 to 2147483647"),
-    ("run.max_skipped_steps", *_AT_LEAST_1),
-    ("run.watchdog_minutes", *_NOT_NEGATIVE),
-    ("checkpoint.keep", *_AT_LEAST_1),
-    ("eval.samples", *_AT_LEAST_1),
-    ("eval.k", *_AT_LEAST_1),
-    ("eval.max_share", 0, 1, "a number in [0, 1]"),
-    ("finetune.num_classes", *_AT_LEAST_1),
-    ("finetune.drop_path", 0, 0.999, "a number in [0, 1)"),
-    ("finetune.layer_decay", 1e-6, 1, "a number in (0, 1]"),
-    ("finetune.mixup", *_NOT_NEGATIVE),
-    ("finetune.cutmix", *_NOT_NEGATIVE),
-    ("finetune.smoothing", 0, 0.999, "a number in [0, 1)"),
-    ("finetune.reprob", 0, 1, "a number in [0, 1]"),
-    ("finetune.clip_grad", *_NOT_NEGATIVE),
-    ("finetune.model_ema_decay", 0, 0.999999, "a number in [0, 1)"),
-)
-
-
-def _check_lists(config: Config) -> None:
-    low_high = config.data.crop_scale
-    if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= 1:
-        raise config.error("data.crop_scale", "two numbers, 0 < low <= high <= 1")
-    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
-        raise config.error("optim.betas", "two numbers in [0, 1)")
     shares = [share for share, _ in config.loss.scale_weights]
     rows = [weights for _, weights in config.loss.scale_weights]
     well_formed = all(len(row) == len(HEAD_SCALES) and min(row) >= 0 and max(row) > 0 for row in rows)
-    if not well_formed or shares != sorted(set(shares)) or not all(0 <= share <= 1 for share in shares):
-        raise config.error(
-            "loss.scale_weights",
-            "four numbers >= 0, not all 0, or such lists at increasing shares of the run in [0, 1]",
-        )
-
-
-def _check_durations(config: Config) -> None:
-    allowed_units = {
-        "run.length": ("steps", "epochs"),
-        "optim.warmup": ("steps", "epochs", "fraction"),
-        "freeze.adaptive_window": ("steps", "epochs", "fraction"),
-        "freeze.adaptive_floor": ("steps", "epochs", "fraction"),
-        "run.show_every": ("steps", "epochs", "fraction"),
-        "eval.every": ("steps", "epochs", "fraction"),
-        "checkpoint.every": Duration.UNITS,
-    }
-    for key, value, _ in settings(config):
-        if isinstance(value, Duration) and value.unit not in allowed_units[key]:
-            raise config.error(key, f"a duration in {', '.join(allowed_units[key])}")
-    for key, duration in (("run.length", config.run.length), ("checkpoint.every", config.checkpoint.every)):
-        if duration.value <= 0:
-            raise config.error(key, "a duration above 0")
+    if not well_formed or shares != sorted(set(shares)) or not all(share in SHARE for share in shares):
+        raise config.error("loss.scale_weights", _SCALE_WEIGHTS)
+    _check_model(config)
 
 
 def _check_model(config: Config) -> None:
     size = config.model.resolve()
-    for name in ("embed_dim", "decoder_embed_dim"):
-        heads_name = "num_heads" if name == "embed_dim" else "decoder_num_heads"
+    for name, heads_name in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
         width, heads = getattr(size, name), getattr(size, heads_name)
-        if width <= 0 or heads <= 0 or width % heads or width % 4:
-            raise config.error(
-                f"model.{name}", f"a multiple of 4 and of {heads_name} ({heads}), and here it is {width}"
-            )
+        if width % heads or width % 4:
+            allowed = f"a multiple of 4 and of {heads_name} ({heads}), and here it is {width}"
+            raise config.error(f"model.{name}", allowed)
     try:
         tap_blocks(size.depth)
     except ValueError as error:
@@ -503,14 +496,12 @@ def derive_accumulation(config: Config, *, world_size: int) -> tuple[int, int]:
         ConfigError: the sizes do not divide; the message shows the arithmetic.
     """
     total, micro = config.batch.global_size, config.batch.micro_size
+    if total % world_size == 0 and (micro is None or total // world_size < micro):
+        return total // world_size, 1
     if micro is None:
-        if total % world_size:
-            raise config.error(
-                "batch.global_size", f"a multiple of the {world_size} ranks; {total} / {world_size} is not whole"
-            )
-        return total // world_size, 1
-    if total % world_size == 0 and total // world_size < micro:
-        return total // world_size, 1
+        raise config.error(
+            "batch.global_size", f"a multiple of the {world_size} ranks; {total} / {world_size} is not whole"
+        )
     if total % (micro * world_size):
         raise config.error(
             "batch.global_size",
@@ -529,14 +520,22 @@ class StepCounts:
     warmup_steps: int
 
 
+def check_run_length(*, total_steps: int, warmup_steps: int) -> None:
+    """Refuse a run without steps, and a warm-up that leaves no step after it; raises ArgumentError."""
+    if total_steps < 1:
+        raise ArgumentError("total_steps", total_steps, "at least 1 step")
+    if not 0 <= warmup_steps < total_steps:
+        allowed = f"0 to {total_steps - 1} steps, shorter than the run: {warmup_steps} of {total_steps} steps"
+        raise ArgumentError("warmup_steps", warmup_steps, allowed)
+
+
 def count_steps(config: Config, *, steps_per_epoch: int) -> StepCounts:
     """Convert the durations of a run; raises ConfigError when the warm-up leaves nothing or the run is empty."""
     total = config.run.length.to_steps(steps_per_epoch=steps_per_epoch)
-    if total < 1:
-        raise config.error("run.length", f"at least one step; with {steps_per_epoch} steps an epoch this is {total}")
     warmup = config.optim.warmup.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total)
-    if warmup >= total:
-        raise config.error("optim.warmup", f"shorter than the run: {warmup} of {total} steps")
+    keys = {"total_steps": "run.length", "warmup_steps": "optim.warmup"}
+    with config.attribute_errors(keys, steps_per_epoch=steps_per_epoch):
+        check_run_length(total_steps=total, warmup_steps=warmup)
     return StepCounts(steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=warmup)
 
 
@@ -558,12 +557,12 @@ def dump_config(config: Config) -> str:
 
 
 def explain_config(config: Config) -> str:
-    """Return every setting with its value, where it was set, and its one-line explanation."""
+    """Return every setting with its value, where it was set, its one-line explanation and what it may be."""
     lines = []
     for key, value, option_field in settings(config):
-        origin = config.origins.get(key)
-        note = f"  [{origin}]" if origin else ""
+        note = f"  [{config.origins[key]}]" if key in config.origins else ""
         lines.append(f"{key} = {_plain(value)!r}{note}\n    {option_field.metadata['help']}")
+        lines.append(f"    allowed: {describe_allowed(option_field)}")
     return "\n".join(lines)
 
 
@@ -580,10 +579,8 @@ def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[
     """Yield ('section.key', plain value, where it stands) from a YAML file of sections, those of its base first."""
     if path.resolve() in above:
         raise ConfigError(f"{path} is, by way of `base:`, its own base")
-    try:
+    with _reading_yaml(path):
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -605,20 +602,16 @@ def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[
             if key in seen:
                 raise ConfigError(f"{key} is set twice: in {seen[key]} and in {where}")
             seen[key] = where
-            yield key, _construct(value_node, where), where
+            with _reading_yaml(where):
+                value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+            yield key, value, where
 
 
-def _construct(node: yaml.Node, where: str) -> Any:
+@contextmanager
+def _reading_yaml(where: str | Path) -> Iterator[None]:
     try:
-        return yaml.SafeLoader("").construct_object(node, deep=True)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from None
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        yield
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from None
 
 
@@ -660,7 +653,11 @@ def _convert(value: Any, hint: Any, *, key: str) -> Any:
         return _convert_scale_weights(value)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(item, typing.get_args(hint)[0], key=key) for item in items if item != "")
+        kind, *others = typing.get_args(hint)
+        converted = tuple(_convert(item, kind, key=key) for item in items if item != "")
+        if others != [...] and len(converted) != 1 + len(others):
+            raise ValueError("two numbers")
+        return converted
     if hint is Duration:
         return Duration.parse(value)
     if hint is float:  # PyYAML reads 2e-4 as a string
@@ -686,26 +683,25 @@ def _convert_text(value: Any) -> str:
 
 
 def _convert_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool):
         raise ValueError("a number")
     try:
         number = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError("a number") from None
-    if number != number or number in (float("inf"), float("-inf")):
+    if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
 
 
 def _convert_scale_weights(value: Any) -> tuple[tuple[float, tuple[float, ...]], ...]:
-    words = "four numbers, or a list of [share of the run, [four numbers]]"
     if not isinstance(value, list) or not value:
-        raise ValueError(words)
+        raise ValueError(_SCALE_WEIGHTS)
     if not isinstance(value[0], list):
         return ((0.0, tuple(_convert_number(item) for item in value)),)
     rows = []
     for row in value:
         if not (isinstance(row, list) and len(row) == 2 and isinstance(row[1], list)):
-            raise ValueError(words)
+            raise ValueError(_SCALE_WEIGHTS)
         rows.append((_convert_number(row[0]), tuple(_convert_number(item) for item in row[1])))
     return tuple(rows)

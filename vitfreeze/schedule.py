@@ -16,32 +16,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 from vitfreeze.architecture import FreezeUnit, active_heads, classifier_units, count_layers, localmim_units
-from vitfreeze.config import Config, Duration, StepCounts, count_steps
+from vitfreeze.config import (
+    POWERS,
+    ArgumentError,
+    Config,
+    Duration,
+    StepCounts,
+    check_argument,
+    check_run_length,
+    count_steps,
+)
 
-POWERS: Mapping[str, int] = MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
 # Below this share of the run a layer trains for less than one step of any run, and base_lr / t_i explodes.
 MIN_SHARE = 1e-12
-
-
-def check_run_length(*, total_steps: int, warmup_steps: int) -> None:
-    """Refuse a run without steps, and a warm-up that leaves no step after it.
-
-    Raises:
-        ValueError: total_steps < 1, warmup_steps < 0, or warmup_steps >= total_steps.
-    """
-    if total_steps < 1:
-        raise ValueError(f"total_steps is {total_steps}, but a run has at least 1 step")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps is {warmup_steps}, but a warm-up has 0 steps or more")
-    if warmup_steps >= total_steps:
-        raise ValueError(
-            f"warmup_steps is {warmup_steps}, which leaves nothing of a run of {total_steps} steps: "
-            f"a warm-up may last 0 to {total_steps - 1} steps"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +50,7 @@ class CosineSchedule:
     def __post_init__(self) -> None:
         check_run_length(total_steps=self.total_steps, warmup_steps=self.warmup_steps)
         if not 0 <= self.min_lr <= self.base_lr:
-            raise ValueError(f"min_lr is {self.min_lr}, but it must lie between 0 and the base rate {self.base_lr}")
+            raise ArgumentError("min_lr", self.min_lr, f"a number from 0 to the base learning rate {self.base_lr:g}")
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of the optimizer step number `step`, counted from 0."""
@@ -114,17 +104,16 @@ class FreezeSchedule:
     def _check(self) -> None:
         if self.num_layers < 2:
             raise ValueError(f"num_layers is {self.num_layers}, but a schedule needs a first and a last layer")
-        if not 0 < self.t_0 <= 1:  # also refuses NaN
-            raise ValueError(f"t_0 is {self.t_0}, but it must be greater than 0 and at most 1 (1 freezes nothing)")
-        if self.how not in POWERS:
-            raise ValueError(f"how is {self.how!r}, but it must be one of {', '.join(POWERS)}")
+        check_argument("freeze.t_0", self.t_0)
+        check_argument("freeze.how", self.how)
+        check_argument("optim.base_lr", self.base_lr)
         check_run_length(total_steps=self.total_steps, warmup_steps=self.warmup_steps)
         if self.total_steps < self.num_layers:
-            raise ValueError(f"total_steps is {self.total_steps}, fewer than the {self.num_layers} layers to schedule")
-        if not (math.isfinite(self.base_lr) and self.base_lr >= 0):
-            raise ValueError(f"base_lr is {self.base_lr}, but it must be a finite number of at least 0")
+            raise ArgumentError(
+                "total_steps", self.total_steps, f"no fewer than the {self.num_layers} layers to schedule"
+            )
         if self.t_0 ** POWERS[self.how] < MIN_SHARE:
-            raise ValueError(f"t_0 is {self.t_0}, which {self.how} bends to a share below {MIN_SHARE}")
+            raise ArgumentError("t_0", self.t_0, f"a share that is at least {MIN_SHARE} after {self.how} bends it")
 
     def initial_rate(self, layer: int) -> float:
         """Return the rate that `layer` has at the end of the warm-up, its highest."""
@@ -246,10 +235,9 @@ class AdaptiveFreezing:
     ) -> None:
         if num_layers < 2:
             raise ValueError(f"num_layers is {num_layers}, but freezing a prefix needs a first and a last layer")
-        if not threshold > 0:
-            raise ValueError(f"threshold is {threshold}, but no relative change is below it: it must be above 0")
+        check_argument("freeze.adaptive_threshold", threshold, name="threshold")
         if window_steps < CHECKS_PER_WINDOW:
-            raise ValueError(f"window_steps is {window_steps}, but a window holds {CHECKS_PER_WINDOW} checks or more")
+            raise ArgumentError("window_steps", window_steps, f"at least {CHECKS_PER_WINDOW} steps, one for each check")
         self.num_layers = num_layers
         self.threshold = threshold
         self.check_every_steps = window_steps // CHECKS_PER_WINDOW
@@ -446,29 +434,23 @@ def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Map
     """
     steps = count_steps(config, steps_per_epoch=steps_per_epoch)
     size, freeze = config.model.resolve(), config.freeze
-    if steps.total_steps < size.num_layers:
-        raise config.error(
-            "run.length", f"at least as many steps as the {size.num_layers} layers; here it is {steps.total_steps}"
-        )
-    if config.optim.min_lr > config.base_lr:
-        raise config.error("optim.min_lr", f"a number from 0 to the base learning rate {config.base_lr:g}")
     total, warmup = steps.total_steps, steps.warmup_steps
     layers, adaptive = None, None
-    if freeze.mode == "schedule":
-        try:
+    keys = {"total_steps": "run.length", "min_lr": "optim.min_lr", "t_0": "freeze.t_0"}
+    with config.attribute_errors({**keys, "window_steps": "freeze.adaptive_window"}, steps_per_epoch=steps_per_epoch):
+        cosine = CosineSchedule(
+            total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, min_lr=config.optim.min_lr
+        )
+        if freeze.mode == "schedule":
             layers = FreezeSchedule(
                 num_layers=size.num_layers, t_0=freeze.t_0, how=freeze.how, scale_lr=freeze.scale_lr,
                 total_steps=total, warmup_steps=warmup, base_lr=config.base_lr,
             )  # fmt: skip
-        except ValueError as error:
-            raise config.error("freeze.t_0", f"a larger share, because {error}") from None
-    elif freeze.mode == "adaptive":
-        adaptive = _build_adaptive(config, steps=steps, events=events)
+        elif freeze.mode == "adaptive":
+            adaptive = _build_adaptive(config, steps=steps, events=events)
     return RunSchedule(
         units=units_of(config),
-        cosine=CosineSchedule(
-            total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, min_lr=config.optim.min_lr
-        ),
+        cosine=cosine,
         layers=layers,
         adaptive=adaptive,
         heads_lr=freeze.heads_lr,
@@ -483,14 +465,10 @@ def _build_adaptive(config: Config, *, steps: StepCounts, events: Iterable[Mappi
 
     freeze, total = config.freeze, steps.total_steps
     window, floor = count(freeze.adaptive_window), count(freeze.adaptive_floor)
-    if not CHECKS_PER_WINDOW <= window <= total:
-        raise config.error(
-            "freeze.adaptive_window", f"{CHECKS_PER_WINDOW} to {total} steps in this run; here it is {window}"
-        )
+    if window > total:
+        raise config.error("freeze.adaptive_window", f"at most the {total} steps of the run; here it is {window}")
     if floor >= total:
         raise config.error("freeze.adaptive_floor", f"earlier than the end of the run at step {total}, not at {floor}")
-    if not freeze.adaptive_threshold > 0:
-        raise config.error("freeze.adaptive_threshold", "a number above 0")
     return AdaptiveFreezing(
         num_layers=config.model.resolve().num_layers, threshold=freeze.adaptive_threshold,
         window_steps=window, floor_step=floor, events=events,

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from vitfreeze.config import DataConfig, check_argument
 from vitfreeze.data.decoding import resize_crop
 from vitfreeze.data.order import SampleRandom
 
@@ -44,15 +45,14 @@ class RandomCrop:
     """
 
     img_size: int
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: tuple[float, float] = DataConfig.crop_scale
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
 
     def __post_init__(self) -> None:
         if self.img_size < 1:
             raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}; it must be two shares with 0 < least <= greatest <= 1")
+        check_argument("data.crop_scale", self.scale, name="scale")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {self.ratio}; it must be two numbers with 0 < least <= greatest")
         if not 0 <= self.hflip <= 1:

@@ -44,7 +44,7 @@ def build_train_loader(
         world_size=world_size,
         seed=config.run.seed,
         crops_per_image=data.crops_per_image,
-        crop_scale=(data.crop_scale[0], data.crop_scale[1]),
+        crop_scale=data.crop_scale,
         transform=transform,
         options=_read_options(config, num_classes=num_classes),
     )

@@ -56,8 +56,6 @@ class DownloadCache:
     """
 
     def __init__(self, folder: Path, *, max_bytes: float) -> None:
-        if max_bytes <= 0:
-            raise ShardError(f"the cache of remote shards is bounded to {max_bytes:g} bytes; it must hold some")
         self.folder = folder
         self.max_bytes = max_bytes
 

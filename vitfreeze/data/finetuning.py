@@ -26,6 +26,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip
 
+from vitfreeze.config import FinetuneConfig, RunConfig, check_argument
 from vitfreeze.data.normalization import IMAGENET_MEAN, normalize
 from vitfreeze.data.order import SampleRandom
 
@@ -102,7 +103,7 @@ class FinetuneTransform:
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip: float = 0.5,
-        auto_augment: str = "rand-m9-mstd0.5-inc1",
+        auto_augment: str = FinetuneConfig.aa,
     ) -> None:
         self._img_size = img_size
         self._transforms: list[Callable[[Image.Image], Image.Image]] = [
@@ -146,18 +147,17 @@ class BatchMixing:
         self,
         *,
         num_classes: int,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
+        mixup: float = FinetuneConfig.mixup,
+        cutmix: float = FinetuneConfig.cutmix,
         mixup_prob: float = 1.0,
         mixup_switch_prob: float = 0.5,
-        smoothing: float = 0.1,
-        reprob: float = 0.25,
+        smoothing: float = FinetuneConfig.smoothing,
+        reprob: float = FinetuneConfig.reprob,
         remode: str = "pixel",
         recount: int = 1,
-        seed: int = 0,
+        seed: int = RunConfig.seed,
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; there must be at least 1")
+        check_argument("finetune.num_classes", num_classes)
         self.num_classes = num_classes
         self.smoothing = smoothing
         self.reprob = reprob

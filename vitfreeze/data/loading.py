@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vitfreeze.config import DataConfig, RunConfig, check_argument
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
 from vitfreeze.data.downloads import DownloadCache, default_cache_dir, is_remote
@@ -62,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How shards are read, whatever for.
+    """How shards are read, whatever for; defaults and ranges are those of the settings data.*.
 
     Attributes:
         workers: decoding processes; 0 decodes in the calling process.
@@ -77,20 +78,19 @@ class ReadOptions:
         cache_gigabytes: bound on the fetched shards.
     """
 
-    workers: int = 8
-    prefetch: int = 4
+    workers: int = DataConfig.workers
+    prefetch: int = DataConfig.prefetch
     pin_memory: bool | None = None
     num_classes: int | None = None
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: float = DataConfig.max_bad_fraction
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    allow_pipe: bool = False
+    allow_pipe: bool = DataConfig.allow_pipe
     cache_dir: str | PathLike[str] | None = None
-    cache_gigabytes: float = 200.0
+    cache_gigabytes: float = DataConfig.cache_gigabytes
 
     def __post_init__(self) -> None:
-        _check_least(workers=(self.workers, 0), prefetch=(self.prefetch, 1))
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction:g}; a share lies between 0 and 1")
+        for name in ("workers", "prefetch", "max_bad_fraction", "cache_gigabytes"):
+            check_argument(f"data.{name}", getattr(self, name))
 
 
 class _Loader:
@@ -247,16 +247,18 @@ class TrainLoader(_Loader):
         micro_batch: int,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
-        crops_per_image: int = 1,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
+        seed: int = RunConfig.seed,
+        crops_per_image: int = DataConfig.crops_per_image,
+        crop_scale: tuple[float, float] = DataConfig.crop_scale,
         transform: Transform | None = None,
         split: str = "train",
         options: ReadOptions | None = None,
         window_shards: int = 16,
     ) -> None:
         options = options or ReadOptions()
-        _check_least(seed=(seed, 0), crops_per_image=(crops_per_image, 1), num_patches=(num_patches, 0))
+        check_argument("run.seed", seed)
+        check_argument("data.crops_per_image", crops_per_image)
+        _check_least(num_patches=(num_patches, 0))
         self.global_batch, self.crops_per_image = global_batch, crops_per_image
         self.world_size = world_size
         self.accumulation(micro_batch)
@@ -378,7 +380,7 @@ class EvalLoader(_Loader):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        crop_pct: float = 0.875,
+        crop_pct: float = CenterCrop.crop_pct,
         split: str = "validation",
         options: ReadOptions | None = None,
     ) -> None:

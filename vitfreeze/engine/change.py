@@ -7,10 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vitfreeze.config import ConfigError
+from vitfreeze.config import check_argument
 from vitfreeze.engine.slices import GroupState
-
-MEASURES = ("weight", "gradient")
 
 
 class ChangeMeter:
@@ -23,8 +21,7 @@ class ChangeMeter:
     """
 
     def __init__(self, measure: str, *, num_layers: int) -> None:
-        if measure not in MEASURES:
-            raise ConfigError(f"freeze.adaptive_measure = {measure!r}: allowed are {' and '.join(MEASURES)}")
+        check_argument("freeze.adaptive_measure", measure, name="measure")
         self.measure = measure
         self.num_layers = num_layers
         self._weights: dict[str, Tensor] = {}

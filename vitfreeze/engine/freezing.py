@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vitfreeze.architecture import count_layers
-from vitfreeze.config import ConfigError
+from vitfreeze.config import ConfigError, FreezeConfig, OptimConfig, check_argument
 from vitfreeze.engine.change import ChangeMeter
 from vitfreeze.engine.processes import check_version, join_processes
 from vitfreeze.engine.session import EngineSession, OptimizerStates
@@ -93,11 +93,11 @@ class FreezingEngine:
         accumulation: int = 1,
         units: Mapping[str, Sequence[str]] | None = None,
         frozen_layers: int = 0,
-        betas: tuple[float, ...] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.05,
-        min_steps_between_drops: int = 0,
-        prefix_precision: str = "auto",
+        betas: tuple[float, ...] = OptimConfig.betas,
+        eps: float = OptimConfig.eps,
+        weight_decay: float = OptimConfig.weight_decay,
+        min_steps_between_drops: int = FreezeConfig.min_steps_between_drops,
+        prefix_precision: str = FreezeConfig.prefix_precision,
     ) -> None:
         check_version()
         self.settings = read_settings(ds_config)
@@ -358,8 +358,7 @@ class FreezingEngine:
     def _choose_prefix_dtype(self, precision: str) -> torch.dtype:
         trained = self.settings.precision
         runs_backward = any(plan.unit.feeds_layers for plan in self._plans)
-        if precision not in ("auto", *DTYPES):
-            raise ConfigError(f"freeze.prefix_precision = {precision!r}: allowed are auto, {', '.join(DTYPES)}")
+        check_argument("freeze.prefix_precision", precision, name="prefix_precision")
         if trained != "fp32":
             if precision not in ("auto", trained):
                 raise ConfigError(
@@ -453,7 +452,7 @@ class FreezingEngine:
         must call this at the same step, and always with the same measure.
 
         Raises:
-            ConfigError: the measure is neither weight nor gradient.
+            ValueError: the measure is neither weight nor gradient.
         """
         if self._change_meter is None or self._change_meter.measure != measure:
             self._change_meter = ChangeMeter(measure, num_layers=self._num_layers)

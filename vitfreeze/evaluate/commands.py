@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vitfreeze.config import Config
+from vitfreeze.config import Config, FinetuneConfig
 from vitfreeze.data import open_split
 from vitfreeze.engine import Processes, join_processes
 from vitfreeze.evaluate.features import Features, extract_block_features, gather_features
@@ -36,7 +36,7 @@ class EvaluationData:
     val: tuple[str, ...] = ()
     blocks: tuple[int, ...] = ()
     all_blocks: bool = False
-    global_pool: str = "avg"
+    global_pool: str = FinetuneConfig.global_pool
     limit: int | None = None
     workers: int | None = None
 

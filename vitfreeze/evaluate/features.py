@@ -10,10 +10,9 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vitfreeze.config import FinetuneConfig, check_argument
 from vitfreeze.data import Batch, normalize
 from vitfreeze.model import LocalMIM
-
-POOLINGS = ("avg", "token")
 
 
 class Features(NamedTuple):
@@ -33,7 +32,7 @@ def extract_features(
     batches: Iterable[Batch],
     *,
     block: int | None = None,
-    global_pool: str = "avg",
+    global_pool: str = FinetuneConfig.global_pool,
     dtype: torch.dtype | None = None,
     limit: int | None = None,
 ) -> Features:
@@ -53,7 +52,7 @@ def extract_block_features(
     batches: Iterable[Batch],
     *,
     blocks: Sequence[int],
-    global_pool: str = "avg",
+    global_pool: str = FinetuneConfig.global_pool,
     dtype: torch.dtype | None = None,
     limit: int | None = None,
 ) -> dict[int, Features]:
@@ -78,8 +77,7 @@ def extract_block_features(
     Raises:
         ValueError: another pooling, a block that does not exist, images without labels, or no images.
     """
-    if global_pool not in POOLINGS:
-        raise ValueError(f"global_pool is {global_pool!r}, expected one of {', '.join(POOLINGS)}")
+    check_argument("finetune.global_pool", global_pool)
     encoder = _Encoder(model, blocks=blocks, global_pool=global_pool)
     weights = encoder.weights_in(dtype)
     device = model.cls_token.device

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vitfreeze.config import Config, ConfigError
+from vitfreeze.config import POWERS, Config, ConfigError
 from vitfreeze.planner.costs import costs_of
 from vitfreeze.planner.measured import StepTimes
-from vitfreeze.schedule import POWERS, FreezeSchedule, build_schedule
+from vitfreeze.schedule import FreezeSchedule, build_schedule
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 SMALLEST_T_0 = 0.01

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from vitfreeze.config import Config, choose_task
+from vitfreeze.config import Config, FinetuneConfig, choose_task
 from vitfreeze.data import Batch, TrainLoader, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
@@ -92,15 +92,13 @@ class Finetuning:
         open_split(self.config, "validation", num_classes=self.num_classes)
 
     def _build_transform(self) -> FinetuneTransform:
-        low, high = self.config.data.crop_scale
+        config = self.config
         try:
             return FinetuneTransform(
-                img_size=self.config.model.img_size, scale=(low, high), auto_augment=self.config.finetune.aa
+                img_size=config.model.img_size, scale=config.data.crop_scale, auto_augment=config.finetune.aa
             )
         except ValueError as error:
-            raise self.config.error(
-                "finetune.aa", f"a policy of timm, such as rand-m9-mstd0.5-inc1 ({error})"
-            ) from None
+            raise config.error("finetune.aa", f"a policy of timm, such as {FinetuneConfig.aa} ({error})") from None
 
     def build_model(self, *, is_new: bool) -> Classifier:
         """Return the classifier; a new run begins with the encoder that `model.init_from` names.
