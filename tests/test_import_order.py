@@ -11,7 +11,7 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "planner", "report", "gpu"),
+    *("architecture", "config", "schedule", "planner", "ranks", "report", "gpu"),
     *("model", "rendezvous", "data", "engine"),
     *("plots", "checkpoint", "pretrained", "fault_tolerance", "export", "evaluate"),
     *("training", "doctor", "bench", "cli", "__main__"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitfreeze.config import ConfigError
 from vitfreeze.engine.slices import GroupState
+from vitfreeze.ranks import Ranks
 
 MEASURES = ("weight", "gradient")
 
@@ -30,13 +31,13 @@ class ChangeMeter:
         self._weights: dict[str, Tensor] = {}
         self._norms: Tensor | None = None
 
-    def read(self, groups: Mapping[str, GroupState], *, device: torch.device) -> tuple[float | None, ...] | None:
+    def read(self, groups: Mapping[str, GroupState], *, ranks: Ranks) -> tuple[float | None, ...] | None:
         """Return the change of every layer, None for those that have no group; None in all at the first reading.
 
         `groups` is this rank's share of every group that trains. Every rank must read at the same step.
         """
         layers = {name: int(name[6:8]) for name in groups if name.startswith("layer_")}
-        change, size = self._sums(groups, layers, device=device)
+        change, size = self._sums(groups, layers, ranks=ranks)
         if change is None:
             return None
         ratios = [float(value) for value in change / size]
@@ -54,9 +55,9 @@ class ChangeMeter:
         self._weights = {name.removeprefix("weights/"): value for name, value in moved.items()}
 
     def _sums(
-        self, groups: Mapping[str, GroupState], layers: Mapping[str, int], *, device: torch.device
+        self, groups: Mapping[str, GroupState], layers: Mapping[str, int], *, ranks: Ranks
     ) -> tuple[Tensor | None, Tensor]:
-        squares = torch.zeros(2, self.num_layers, device=device)
+        squares = torch.zeros(2, self.num_layers, device=ranks.device)
         before, self._weights = self._weights, {}
         for name, layer in layers.items():
             if self.measure == "gradient":
@@ -67,7 +68,7 @@ class ChangeMeter:
             if name in before:
                 squares[0, layer] += (weights - before[name]).square().sum()
                 squares[1, layer] += before[name].square().sum()
-        torch.distributed.all_reduce(squares)
+        squares = ranks.sum(squares)
         if self.measure == "weight":
             return (squares[0].sqrt() if before else None), squares[1].sqrt()
         norms, previous = squares[1].sqrt(), self._norms

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, Duration
-from vitfreeze.data import TrainLoader, merge_reports
+from vitfreeze.data import EpochReport, TrainLoader, merge_reports
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import EncoderCosts, costs_of
@@ -55,7 +55,7 @@ class Run:
     def log_metrics(self, step: int, *, evaluate: bool) -> None:
         """Write what the last steps measured, and what the model is worth; every rank takes part, rank 0 writes."""
         engine = self.engine
-        figures = self.meter.read(engine.mean_over_ranks)
+        figures = self.meter.read(engine.ranks)
         if evaluate:
             if worth := self.task.evaluate(engine):
                 figures["eval"] = worth
@@ -92,7 +92,8 @@ class Run:
     def log_epochs(self, step: int) -> None:
         """Add up what the ranks could not use of the epochs that have ended; raises ShardError when it was too much."""
         for mine in self.loader.take_reports():
-            whole = merge_reports(self.engine.gather(mine), max_bad_fraction=self.config.data.max_bad_fraction)
+            reports = [EpochReport.from_json(facts) for facts in self.engine.ranks.gather(asdict(mine))]
+            whole = merge_reports(reports, max_bad_fraction=self.config.data.max_bad_fraction)
             skipped = [asdict(sample) for sample in whole.skipped]
             counts = dict(whole.skipped_per_shard)
             self.reporter.log_event(

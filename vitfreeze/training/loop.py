@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vitfreeze.checkpoint import RESUMED_FROM, RunFolder, SaveSchedule, choose_start, load_checkpoint
 from vitfreeze.data import Batch
-from vitfreeze.engine import join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import (
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -40,23 +40,23 @@ def run_task(task: Task, *, fresh: bool) -> int:
     Raises:
         ConfigError: a setting cannot be used, or the run folder holds another run.
     """
-    config, processes = task.config, join_processes()
+    config, ranks = task.config, join_ranks()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
     loader = open_training(
-        config, processes, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
+        config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
-    with RunFolder(directory, processes=processes):
-        start = choose_start(config, directory, fresh=fresh, processes=processes)
+    with RunFolder(directory, ranks=ranks):
+        start = choose_start(config, directory, fresh=fresh, ranks=ranks)
         checkpoint, start_step = start.checkpoint, start.step
         schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=start.events)
         frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.frozen_layers(0)
         model = task.build_model(is_new=checkpoint is None)
-        engine = build_engine(config, processes, frozen_layers=frozen_layers, model=model)
+        engine = build_engine(config, ranks, frozen_layers=frozen_layers, model=model)
         meter = Meter()
         if checkpoint:
             load_local_state(load_checkpoint(checkpoint, engine), meter=meter, engine=engine, config=config)
         reporter = Reporter(
-            directory, rank=processes.rank, start_step=start_step, total_steps=schedule.total_steps,
+            directory, rank=ranks.rank, start_step=start_step, total_steps=schedule.total_steps,
             description=task.description,
         )  # fmt: skip
         report_start(start, reporter)
@@ -73,7 +73,7 @@ def run_task(task: Task, *, fresh: bool) -> int:
             reporter.close()
         if not finished:
             return EXIT_STOPPED
-        if processes.rank == 0:
+        if ranks.rank == 0:
             task.close(directory, engine)
     return 0
 
