@@ -22,7 +22,7 @@ from torch import Tensor
 from toy_model import ToyModel
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.engine import FreezeEvent, FreezingEngine, join_processes
+from vitfreeze.engine import FreezeEvent, FreezingEngine, join_ranks
 from vitfreeze.model import LocalMIM
 
 GLOBAL_BATCH = 8
@@ -122,7 +122,7 @@ def take_step(engine: FreezingEngine, step: int, *, images: Tensor | None = None
 
 def build(kind: type[FreezingEngine], config: Mapping[str, Any], **settings: Any) -> FreezingEngine:
     model = settings.pop("model", None) or ToyModel()
-    world_size = join_processes().world_size
+    world_size = join_ranks().world_size
     accumulation = settings.pop("accumulation", 2)
     return kind(
         model,
@@ -210,7 +210,7 @@ def compare_all(combinations: Sequence[str]) -> dict[str, Any]:
     """Follow every combination twice: with layers that leave, and with layers that are only held still."""
     allow_fp16()
     traffic = Traffic()
-    join_processes()
+    join_ranks()
     return {
         name: {"dropped": follow(FreezingEngine, name, traffic), "soft": follow(SoftEngine, name, traffic)}
         for name in combinations

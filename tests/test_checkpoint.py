@@ -94,7 +94,7 @@ def test_training_goes_on_while_the_writer_writes_what_was(tmp_path: Path) -> No
     engine = build_engine()
     train(engine, 0, 2)
     weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
-    writer = CheckpointWriter(tmp_path, keep=1, rank=0, world_size=1)
+    writer = CheckpointWriter(tmp_path, keep=1, ranks=engine.ranks)
     writer.start(2, engine=engine, config=Config(), extra={})
     train(engine, 2, 4)
     report = writer.finish()

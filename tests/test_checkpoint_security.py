@@ -21,14 +21,15 @@ from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.checkpoint import folder, load_checkpoint, save_checkpoint
 from vitfreeze.config import Config, load_config
 from vitfreeze.data import ReadOptions, TrainLoader
-from vitfreeze.engine import FreezingEngine, Processes
+from vitfreeze.engine import FreezingEngine
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import read_pretrained
+from vitfreeze.ranks import Ranks
 from vitfreeze.report import read_json_lines
 from vitfreeze.training.start import choose_start
 
-ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = Ranks.alone(torch.device("cpu"))
 DS_CONFIG = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0}
 
 
@@ -90,7 +91,7 @@ def engine() -> Iterator[FreezingEngine]:
 
 def resume(run_dir: Path, engine: FreezingEngine) -> None:
     """What `vitfreeze pretrain` reads of a run folder."""
-    start = choose_start(Config(), run_dir, fresh=False, processes=ALONE)
+    start = choose_start(Config(), run_dir, fresh=False, ranks=ALONE)
     read_json_lines(run_dir / "metrics.jsonl")
     read_json_lines(run_dir / "events.jsonl")
     if start.checkpoint:

@@ -14,12 +14,13 @@ import torch
 from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.checkpoint import CheckpointError, save_checkpoint
 from vitfreeze.config import Config, ConfigError, FreezeConfig, ResumeConfig, RunConfig
-from vitfreeze.engine import FreezingEngine, Processes
+from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import LocalMIM
+from vitfreeze.ranks import Ranks
 from vitfreeze.training.start import RunFolder, Start, choose_start
 from vitfreeze.training.state import read_adaptive_checks
 
-ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = Ranks.alone(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def engine() -> Iterator[FreezingEngine]:
 
 
 def start(config: Config, directory: Path, *, fresh: bool = False) -> Start:
-    with RunFolder(directory, processes=ALONE):
-        return choose_start(config, directory, fresh=fresh, processes=ALONE)
+    with RunFolder(directory, ranks=ALONE):
+        return choose_start(config, directory, fresh=fresh, ranks=ALONE)
 
 
 def save(engine: FreezingEngine, directory: Path, step: int, *, config: Config | None = None, **extra: str) -> Path:
@@ -146,16 +147,16 @@ def test_resume_from_nothing_or_another_run_is_refused(engine: FreezingEngine, t
 
 
 def test_a_second_job_in_the_folder_is_refused(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, processes=ALONE):
+    with RunFolder(tmp_path, ranks=ALONE):
         child = os.fork()  # a POSIX lock is held against other processes only
         if child == 0:
             try:
-                RunFolder(tmp_path, processes=ALONE).__enter__()
+                RunFolder(tmp_path, ranks=ALONE).__enter__()
             except ConfigError as error:
                 os._exit(7 if "another job trains" in str(error) else 1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    with RunFolder(tmp_path, processes=ALONE):
+    with RunFolder(tmp_path, ranks=ALONE):
         pass
 
 

@@ -1,4 +1,4 @@
-"""The doctor's judgement, on machines that are not here, and its examination, on two real processes that are."""
+"""The doctor's checks: on machines that are not here, and on two real processes that are."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from vitfreeze.doctor.checks import (
     FolderProbe,
     Links,
     ShardReading,
-    judge_batch,
-    judge_clocks,
-    judge_disk,
-    judge_gpus,
-    judge_links,
-    judge_memory,
-    judge_precision,
-    judge_ranks,
-    judge_run_folder,
-    judge_shards,
-    judge_shared_memory,
-    judge_speed,
-    judge_versions,
+    check_batch,
+    check_clocks,
+    check_disk,
+    check_gpus,
+    check_links,
+    check_memory,
+    check_precision,
+    check_ranks,
+    check_run_folder,
+    check_shards,
+    check_shared_memory,
+    check_speed,
+    check_versions,
 )
 from vitfreeze.doctor.facts import Gpu, RankFacts
 from vitfreeze.doctor.run_checks import label_hosts
-from vitfreeze.rendezvous import find_free_port
+from vitfreeze.ranks import find_free_port
 
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -70,7 +70,7 @@ def test_a_v100_under_a_build_without_it_is_told_which_wheel() -> None:
     bad = replace(
         rank_with(replace(V100, built_for=CU130)), versions={**rank_with(V100).versions, "torch": "2.14.1+cu130"}
     )
-    finding = judge_gpus(two_nodes(rank_with(A100), bad))
+    finding = check_gpus(two_nodes(rank_with(A100), bad))
     assert_red(
         finding, "Tesla V100 (sm_70) on rank 1 (node-b)", "2.14.1+cu130", "torch 2.14.1+cu126", "TORCH_INDEX_URL"
     )
@@ -78,109 +78,109 @@ def test_a_v100_under_a_build_without_it_is_told_which_wheel() -> None:
 
 def test_gpus_that_torch_cannot_see() -> None:
     seen = "Tesla V100, 7.0, 470.82"
-    assert_red(judge_gpus([rank_with(None, driver_says=seen)]), seen, "driver is too old for CUDA 12.6")
-    assert_red(judge_gpus([rank_with(None, driver_says=seen, torch_cuda="")]), "CPU build")
+    assert_red(check_gpus([rank_with(None, driver_says=seen)]), seen, "driver is too old for CUDA 12.6")
+    assert_red(check_gpus([rank_with(None, driver_says=seen, torch_cuda="")]), "CPU build")
 
 
 def test_more_ranks_than_gpus_and_nodes_without() -> None:
-    assert_red(judge_gpus([rank_with(None, gpus_seen=4, local_rank=4)]), "number 4", "4 GPUs", "slots")
-    assert_red(judge_gpus(two_nodes(rank_with(V100), rank_with(None))), "none on rank 1 (node-b)")
+    assert_red(check_gpus([rank_with(None, gpus_seen=4, local_rank=4)]), "number 4", "4 GPUs", "slots")
+    assert_red(check_gpus(two_nodes(rank_with(V100), rank_with(None))), "none on rank 1 (node-b)")
 
 
 def test_older_and_newer_gpus() -> None:
     p100 = replace(V100, name="P100", capability=(6, 0), built_for=CU130)
-    assert_red(judge_gpus([rank_with(p100)]), "not supported")
+    assert_red(check_gpus([rank_with(p100)]), "not supported")
     newer = replace(V100, name="B300", capability=(10, 3), built_for=CU126)
-    assert_red(judge_gpus([rank_with(newer)]), "sm_103", "newer CUDA")
-    assert judge_gpus([rank_with(V100)]).fit
-    assert judge_gpus([rank_with(None)]).fit
+    assert_red(check_gpus([rank_with(newer)]), "sm_103", "newer CUDA")
+    assert check_gpus([rank_with(V100)]).fit
+    assert check_gpus([rank_with(None)]).fit
 
 
 def test_other_versions_are_named_with_their_hosts() -> None:
     versions = rank_with(V100).versions
     other = rank_with(V100, versions={**versions, "deepspeed": "0.18.0"})
-    assert_red(judge_versions(two_nodes(rank_with(V100), other)), "0.18.0 on rank 1 (node-b)", "constraints.txt")
-    assert_red(judge_versions([rank_with(V100, versions={**versions, "timm": "not installed"})]), "timm")
-    assert_red(judge_versions([rank_with(V100, engine_error="ImportError: libcuda")]), "libcuda")
-    assert judge_versions(two_nodes(rank_with(V100), rank_with(V100))).fit
+    assert_red(check_versions(two_nodes(rank_with(V100), other)), "0.18.0 on rank 1 (node-b)", "constraints.txt")
+    assert_red(check_versions([rank_with(V100, versions={**versions, "timm": "not installed"})]), "timm")
+    assert_red(check_versions([rank_with(V100, engine_error="ImportError: libcuda")]), "libcuda")
+    assert check_versions(two_nodes(rank_with(V100), rank_with(V100))).fit
 
 
 def test_bf16_on_a_v100_and_halves_on_a_cpu() -> None:
-    assert_red(judge_precision([rank_with(V100)], wanted="bf16"), "bf16", "zero1_fp16")
-    assert judge_precision([rank_with(V100)], wanted="fp16").fit
-    assert judge_precision([rank_with(A100)], wanted="bf16").fit
-    assert_red(judge_precision([rank_with(None)], wanted="fp16"), "fp32", "run.ds_config=cpu")
+    assert_red(check_precision([rank_with(V100)], wanted="bf16"), "bf16", "zero1_fp16")
+    assert check_precision([rank_with(V100)], wanted="fp16").fit
+    assert check_precision([rank_with(A100)], wanted="bf16").fit
+    assert_red(check_precision([rank_with(None)], wanted="fp16"), "fp32", "run.ds_config=cpu")
     broken = rank_with(A100, precisions={"fp32": "", "fp16": "no kernel image", "bf16": ""})
-    assert_red(judge_precision([broken], wanted="fp16"), "no kernel image")
+    assert_red(check_precision([broken], wanted="fp16"), "no kernel image")
 
 
 def test_memory_that_the_plan_does_not_find() -> None:
     facts = [rank_with(V100)]
-    assert judge_memory(facts, needed_bytes=20 * GIB, micro_batch=128).fit
-    assert_red(judge_memory(facts, needed_bytes=40 * GIB, micro_batch=128), "batch.micro_size=64")
+    assert check_memory(facts, needed_bytes=20 * GIB, micro_batch=128).fit
+    assert_red(check_memory(facts, needed_bytes=40 * GIB, micro_batch=128), "batch.micro_size=64")
     taken = [rank_with(replace(V100, free_bytes=4 * GIB))]
-    assert_red(judge_memory(taken, needed_bytes=20 * GIB, micro_batch=128), "another process")
-    assert judge_memory([rank_with(None)], needed_bytes=1.0, micro_batch=1).fit is None
+    assert_red(check_memory(taken, needed_bytes=20 * GIB, micro_batch=128), "another process")
+    assert check_memory([rank_with(None)], needed_bytes=1.0, micro_batch=1).fit is None
 
 
 def test_a_slow_gpu_is_found() -> None:
     slow = rank_with(V100, teraflops={"fp16": 60.0})
-    assert_red(judge_speed(two_nodes(rank_with(V100), slow), precision="fp16"), "60.0 TFLOP/s on rank 1 (node-b)")
-    assert judge_speed(two_nodes(rank_with(V100), rank_with(V100)), precision="fp16").fit
-    assert judge_speed([rank_with(None)], precision="fp32").fit is None
+    assert_red(check_speed(two_nodes(rank_with(V100), slow), precision="fp16"), "60.0 TFLOP/s on rank 1 (node-b)")
+    assert check_speed(two_nodes(rank_with(V100), rank_with(V100)), precision="fp16").fit
+    assert check_speed([rank_with(None)], precision="fp32").fit is None
 
 
 def test_clocks() -> None:
-    assert_red(judge_clocks([0.0, -3.5, 0.1], ["a", "b", "c"]), "3500 ms", "rank 1 on b", "chronyd")
-    assert judge_clocks([0.0, 0.2], ["a", "b"]).fit
-    assert judge_clocks([0.0], ["a"]).fit is None
+    assert_red(check_clocks([0.0, -3.5, 0.1], ["a", "b", "c"]), "3500 ms", "rank 1 on b", "chronyd")
+    assert check_clocks([0.0, 0.2], ["a", "b"]).fit
+    assert check_clocks([0.0], ["a"]).fit is None
 
 
 def test_a_slow_or_broken_network() -> None:
     links = Links(backend="nccl", all_ranks=0.1, within_nodes=40.0, between_nodes=0.1)
     arguments = {"gradient_bytes": 2e8, "compute_seconds": 0.5, "world_size": 16}
-    assert_red(judge_links(links, **arguments), "0.10 between nodes", "3750 ms", "NCCL_IB_HCA")
-    assert judge_links(replace(links, all_ranks=10.0), **arguments).fit
-    assert judge_links(links, gradient_bytes=None, compute_seconds=None, world_size=16).fit
-    assert_red(judge_links(replace(links, error="unhandled system error"), **arguments), "NCCL_SOCKET_IFNAME")
-    assert_red(judge_links(replace(links, backend="gloo", error="refused"), **arguments), "GLOO_SOCKET_IFNAME")
+    assert_red(check_links(links, **arguments), "0.10 between nodes", "3750 ms", "NCCL_IB_HCA")
+    assert check_links(replace(links, all_ranks=10.0), **arguments).fit
+    assert check_links(links, gradient_bytes=None, compute_seconds=None, world_size=16).fit
+    assert_red(check_links(replace(links, error="unhandled system error"), **arguments), "NCCL_SOCKET_IFNAME")
+    assert_red(check_links(replace(links, backend="gloo", error="refused"), **arguments), "GLOO_SOCKET_IFNAME")
 
 
 def test_shards_that_are_missing_other_or_slow() -> None:
     good = ShardReading(fingerprint="8 shards", images_per_second=900.0, workers=6)
     hosts = ["a", "b"]
 
-    def judge(second: ShardReading) -> Finding:
-        return judge_shards([good, second], hosts, needed_images_per_second=800.0, basis="it needs")
+    def check(second: ShardReading) -> Finding:
+        return check_shards([good, second], hosts, needed_images_per_second=800.0, basis="it needs")
 
-    assert judge(good).fit
-    assert_red(judge(replace(good, error="folder /data holds no *.tar file")), "no *.tar", "rank 1 (b)", "data.train")
-    assert_red(judge(replace(good, fingerprint="7 shards")), "7 shards on rank 1 (b)", "verify")
-    assert_red(judge(replace(good, images_per_second=400.0)), "rank 1 (b)", "data.workers=13")
+    assert check(good).fit
+    assert_red(check(replace(good, error="folder /data holds no *.tar file")), "no *.tar", "rank 1 (b)", "data.train")
+    assert_red(check(replace(good, fingerprint="7 shards")), "7 shards on rank 1 (b)", "verify")
+    assert_red(check(replace(good, images_per_second=400.0)), "rank 1 (b)", "data.workers=13")
 
 
 def test_memory_disk_and_folder() -> None:
     facts = [rank_with(V100, shared_memory_bytes=64 * 2**20)]
-    assert_red(judge_shared_memory(facts, needed_bytes=float(GIB)), "64.00 MiB", "--shm-size")
-    assert judge_shared_memory(facts, needed_bytes=None).fit
+    assert_red(check_shared_memory(facts, needed_bytes=float(GIB)), "64.00 MiB", "--shm-size")
+    assert check_shared_memory(facts, needed_bytes=None).fit
     probe, hosts = FolderProbe(error="", sees_rank_0=True, free_bytes=GIB), ["a", "b"]
-    assert judge_run_folder([probe, probe], hosts, folder="runs/x").fit
+    assert check_run_folder([probe, probe], hosts, folder="runs/x").fit
     readonly = replace(probe, error="runs/x: Read-only file system")
-    assert_red(judge_run_folder([probe, readonly], hosts, folder="runs/x"), "Read-only", "rank 1 (b)")
-    assert_red(judge_run_folder([probe, replace(probe, sees_rank_0=False)], hosts, folder="runs/x"), "share")
-    assert_red(judge_disk([probe], needed_bytes=5.0 * GIB), "5.00 GiB", "checkpoint.keep")
-    assert judge_disk([probe], needed_bytes=1.0).fit
+    assert_red(check_run_folder([probe, readonly], hosts, folder="runs/x"), "Read-only", "rank 1 (b)")
+    assert_red(check_run_folder([probe, replace(probe, sees_rank_0=False)], hosts, folder="runs/x"), "share")
+    assert_red(check_disk([probe], needed_bytes=5.0 * GIB), "5.00 GiB", "checkpoint.keep")
+    assert check_disk([probe], needed_bytes=1.0).fit
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    assert_red(judge_batch("2048 / 24 is not whole", micro_batch=None, accumulation=None), "2048 / 24")
-    assert judge_batch("", micro_batch=8, accumulation=2).fit
+    assert_red(check_batch("2048 / 24 is not whole", micro_batch=None, accumulation=None), "2048 / 24")
+    assert check_batch("", micro_batch=8, accumulation=2).fit
 
 
 def test_hosts_of_one_name_are_told_apart() -> None:
     assert label_hosts(["a", "a", "b", "b"], local_size=2) == ["a", "a", "b", "b"]
     assert label_hosts(["vm", "vm", "vm"], local_size=1) == ["vm/node 0", "vm/node 1", "vm/node 2"]
-    found = judge_ranks(two_nodes(rank_with(None), rank_with(None))).found
+    found = check_ranks(two_nodes(rank_with(None), rank_with(None))).found
     assert found == "2, all there: 1 on node-a, 1 on node-b"
 
 
@@ -211,7 +211,7 @@ def _run_rank(arguments: Sequence[str], variables: dict[str, str], out: Any) -> 
     out.send((status, text.getvalue()))
 
 
-def examine_on(arguments_of_ranks: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+def run_doctor_on(arguments_of_ranks: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
     """Run `vitfreeze doctor` in one process for each list of arguments and return status and output of each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vitfreeze.doctor", "vitfreeze.engine", "vitfreeze.cli"])
@@ -251,7 +251,7 @@ QUICK = ("--seconds", "0.2", "--images-per-second", "1", "--timeout", "60")
 
 @pytest.mark.distributed
 def test_two_real_ranks_are_fit(recipe: Path) -> None:
-    (status, text), (other_status, other_text) = examine_on([[str(recipe), *QUICK]] * 2)
+    (status, text), (other_status, other_text) = run_doctor_on([[str(recipe), *QUICK]] * 2)
     assert (status, other_status) == (0, 0), text
     assert "fit to train" in text
     assert "gloo: " in text
@@ -264,9 +264,9 @@ def test_two_real_ranks_are_fit(recipe: Path) -> None:
 @pytest.mark.distributed
 def test_two_real_ranks_with_other_shards_and_a_batch_that_does_not_divide(recipe: Path, tmp_path: Path) -> None:
     elsewhere = write_shards(tmp_path / "elsewhere", [40, 39])
-    (status, text), _ = examine_on([[str(recipe), *QUICK], [str(recipe), f"data.train={elsewhere}", *QUICK]])
+    (status, text), _ = run_doctor_on([[str(recipe), *QUICK], [str(recipe), f"data.train={elsewhere}", *QUICK]])
     assert status == 1
     assert "2 shards of 79 samples" in text.replace("\n" + " " * 20, " ")
-    answers = examine_on([[str(recipe), "batch.global_size=9", *QUICK]] * 2)
+    answers = run_doctor_on([[str(recipe), "batch.global_size=9", *QUICK]] * 2)
     assert [status for status, _ in answers] == [1, 1]
     assert "9 / 2 is not whole" in answers[0][1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vitfreeze.config import ConfigError, find_ds_config
-from vitfreeze.engine.processes import check_version
+from vitfreeze.engine.launch import check_version
 from vitfreeze.engine.settings import best_ds_config, complete_settings, read_settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"

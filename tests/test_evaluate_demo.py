@@ -18,7 +18,7 @@ from drawn_shards import draw_shards
 
 from vitfreeze.config import Config, load_config
 from vitfreeze.data import open_split
-from vitfreeze.engine import join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.evaluate import Features, extract_features, find_best, knn_accuracy, train_linear
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, read_pretrained
@@ -81,7 +81,7 @@ def judge_finetuned(config: Config, folder: Path, *, init_from: str, freezing: s
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_pretrained_beats_random(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    join_processes()
+    join_ranks()
     gains: dict[str, list[float]] = {judge: [] for judge in MARGINS}
     frozen: dict[str, list[Tuned]] = {freezing: [] for freezing in FREEZING}
     for seed in SEEDS:

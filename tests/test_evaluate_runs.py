@@ -17,12 +17,14 @@ from tiny_shards import jpeg_of
 
 from vitfreeze import cli
 from vitfreeze.config import Config, ConfigError, build_config
-from vitfreeze.engine import join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.evaluate import EvaluationData, Features, LinearSettings, evaluate_knn, knn_over_ranks, train_linear
 from vitfreeze.evaluate.probe import Probe
+from vitfreeze.ranks import Ranks
 from vitfreeze.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
+ALONE = Ranks.alone(torch.device("cpu"))
 SETTINGS: dict[str, Any] = {
     "model.size": "vit_tiny_test",
     "model.img_size": 64,
@@ -76,7 +78,7 @@ def test_probe_is_left_out_above_its_share_of_the_time(
     from vitfreeze.training.build import build_model
 
     config = make_config(demo_shards, tmp_path, **{"eval.max_share": 0.0})
-    probe = Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values)
+    probe = Probe(config, ranks=ALONE)
     model = build_model(config)
     with caplog.at_level(logging.INFO):
         assert probe.measure(model)["knn_3"] >= 0  # the first one, whose cost nobody knew
@@ -90,7 +92,7 @@ def test_probe_without_validation_shards_is_refused(demo_shards: Path, tmp_path:
 
     config = make_config(demo_shards, tmp_path, **{"data.val": []})
     with pytest.raises(ConfigError, match=r"data\.val"):
-        Probe(config, rank=0, world_size=1, mean_over_ranks=lambda values: values).measure(build_model(config))
+        Probe(config, ranks=ALONE).measure(build_model(config))
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -208,12 +210,12 @@ def share(features: Features, rank: int, world_size: int) -> Features:
 
 def evaluate_here() -> tuple[dict[int, float], list[tuple[float, float]]]:
     """What each rank does with its share."""
-    processes = join_processes()
+    ranks = join_ranks()
     train, test = make_features(101, seed=1), make_features(53, seed=2)
-    shares = [share(x, processes.rank, processes.world_size) for x in (train, test)]
+    shares = [share(x, ranks.rank, ranks.world_size) for x in (train, test)]
     settings = LinearSettings(optimizer="sgd", blr=(0.01, 0.1, 1.0), epochs=5, warmup_epochs=1)
-    results = train_linear(train, test, settings=settings)
-    knn = knn_over_ranks(shares[0], shares[1], k=(1, 7), device=torch.device("cpu"))
+    results = train_linear(train, test, settings=settings, ranks=ranks)
+    knn = knn_over_ranks(shares[0], shares[1], k=(1, 7), ranks=ranks)
     return knn, [(result.top1, result.loss) for result in results]
 
 

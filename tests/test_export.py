@@ -19,7 +19,7 @@ from torch import Tensor
 from vitfreeze.checkpoint import save_checkpoint
 from vitfreeze.config import Config, build_config, dump_config
 from vitfreeze.data import normalize
-from vitfreeze.engine import join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.export import ARCHITECTURE, export_run, timm_arguments, to_hugging_face
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, load_encoder, read_pretrained
@@ -54,7 +54,7 @@ def run_dir(config: Config, images: Tensor, tmp_path_factory: pytest.TempPathFac
     directory = tmp_path_factory.mktemp("runs") / "tiny"
     directory.mkdir()
     (directory / "config.yaml").write_text(dump_config(config))
-    engine = build_engine(config, join_processes(), frozen_layers=3)
+    engine = build_engine(config, join_ranks(), frozen_layers=3)
     for _ in range(2):
         engine.set_learning_rates(
             dict.fromkeys((f"layer_{i:02d}" for i in range(9)), 1e-3) | {f"head_{i}": 1e-3 for i in range(4)}

@@ -16,7 +16,7 @@ import pytest
 from jobs import read_losses
 from nodes import ROOT, Script, descendants, require_environment, wait_until, write_recipe
 
-from vitfreeze.rendezvous import find_free_port
+from vitfreeze.ranks import find_free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 NOTHING: Mapping[int, Any] = MappingProxyType({})

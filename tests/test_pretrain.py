@@ -30,7 +30,7 @@ SMALL = [
 
 def launch(arguments: list[str], *, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Run `vitfreeze pretrain` under the deepspeed launcher on gloo."""
-    from vitfreeze.rendezvous import find_free_port
+    from vitfreeze.ranks import find_free_port
 
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--log_level", "error",

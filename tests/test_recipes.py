@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitfreeze.config import RECIPE_FOLDER, load_config
 from vitfreeze.data import build_train_loader, normalize
-from vitfreeze.engine import join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.planner import plan
 from vitfreeze.schedule import build_schedule
 from vitfreeze.training.build import build_engine
@@ -122,10 +122,10 @@ def take_two_steps(recipe: str, folder: Path) -> Trained:
     """Train everything of the recipe but its width on one process."""
     shards = write_shards(folder / "shards", [8])
     config = load_config(recipe, [*NARROW, f"data.train={shards}"])
-    processes = join_processes()
-    loader = build_train_loader(config, rank=processes.rank, world_size=processes.world_size)
+    ranks = join_ranks()
+    loader = build_train_loader(config, rank=ranks.rank, world_size=ranks.world_size)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
-    engine = build_engine(config, processes, frozen_layers=0)
+    engine = build_engine(config, ranks, frozen_layers=0)
     before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     batches, losses = loader.batches(0, schedule.total_steps), []
     for step in range(2):

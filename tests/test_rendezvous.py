@@ -15,21 +15,12 @@ import pytest
 from tiny_shards import write_shards
 
 from vitfreeze.config import build_config
-from vitfreeze.rendezvous import (
-    ClusterError,
-    Place,
-    Rendezvous,
-    describe_ranks,
-    find_free_port,
-    fingerprint_shards,
-    group_ranks,
-    run_facts,
-    software_versions,
-)
+from vitfreeze.ranks import ClusterError, LaunchEnvironment, find_free_port
+from vitfreeze.rendezvous import Rendezvous, fingerprint_shards, run_facts, software_versions
 
 
-def place_of(rank: int, *, world_size: int, port: int, local_size: int = 1) -> Place:
-    return Place(
+def launch_of(rank: int, *, world_size: int, port: int, local_size: int = 1) -> LaunchEnvironment:
+    return LaunchEnvironment(
         rank=rank, world_size=world_size, local_rank=rank % local_size, local_size=local_size,
         master_addr="127.0.0.1", master_port=port,
     )  # fmt: skip
@@ -50,8 +41,8 @@ def meet(
 
     def run(rank: int) -> Any:
         try:
-            place = place_of(rank, world_size=world_size, port=port, **options)
-            rendezvous = Rendezvous("test", place=place, timeout=timedelta(seconds=seconds))
+            launch = launch_of(rank, world_size=world_size, port=port, **options)
+            rendezvous = Rendezvous("test", launch=launch, timeout=timedelta(seconds=seconds))
             return talk(rendezvous)
         except ValueError as error:
             return error
@@ -62,7 +53,7 @@ def meet(
         return list(pool.map(run, ranks))
 
 
-def test_everybody_answers_the_roll() -> None:
+def test_every_rank_is_waited_for() -> None:
     assert meet(3, lambda rendezvous: rendezvous.wait_for_ranks()) == [[socket.gethostname()] * 3] * 3
 
 
@@ -97,10 +88,10 @@ def test_everybody_gets_what_everybody_gave() -> None:
     assert meet(4, talk) == [[[{"rank": rank} for rank in range(4)], [0.0, 1.5, 3.0, 4.5]]] * 4
 
 
-def test_a_second_meeting_does_not_find_the_first_one() -> None:
+def test_a_second_rendezvous_does_not_find_the_first_one() -> None:
     def talk(rendezvous: Rendezvous) -> list[int]:
         first = rendezvous.gather(1)
-        again = Rendezvous("test", place=rendezvous.place, timeout=timedelta(seconds=20))
+        again = Rendezvous("test", launch=rendezvous.launch, timeout=timedelta(seconds=20))
         return [*first, *again.gather(2)]
 
     assert meet(2, talk) == [[1, 1, 2, 2]] * 2
@@ -167,26 +158,3 @@ def test_versions_tell_builds_and_code_apart() -> None:
     assert len(versions["vitfreeze"]) == 12
     assert all(version != "not installed" for version in versions.values())
     assert json.loads(json.dumps(versions)) == versions
-
-
-@pytest.mark.parametrize(
-    ("ranks", "text"),
-    [([3], "rank 3"), ([0, 1, 2], "ranks 0-2"), ([7, 0, 1, 5], "ranks 0-1, 5, 7")],
-)
-def test_ranks_in_words(ranks: list[int], text: str) -> None:
-    assert describe_ranks(ranks) == text
-
-
-def test_groups_keep_the_order_of_appearance() -> None:
-    assert group_ranks(["b", "a", "b"]) == {"b": [0, 2], "a": [1]}
-
-
-def test_place_is_read_from_either_launcher() -> None:
-    common = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    for launcher in ({"LOCAL_SIZE": "4", "LOCAL_RANK": "1"}, {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}):
-        place = Place.from_environment({**common, **launcher})
-        assert (place.rank, place.local_rank, place.local_size) == (5, 1, 4)
-    alone = Place.from_environment({})
-    assert (alone.rank, alone.world_size, alone.local_size) == (0, 1, 1)
-    with pytest.raises(ClusterError, match="MASTER_PORT missing"):
-        Place.from_environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"})

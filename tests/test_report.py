@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from vitfreeze.ranks import Ranks
 from vitfreeze.report import (
     Meter,
     Reporter,
@@ -22,13 +23,13 @@ def test_meter_takes_means_over_micro_batches_and_starts_again() -> None:
     for value in (1.0, 3.0):
         meter.add_losses({"loss": torch.tensor(value), "4": torch.tensor(value / 2)})
     meter.add_step(images=64, wait_seconds=0.0)
-    figures = meter.read(lambda values: values)
+    figures = meter.read(Ranks.alone(torch.device("cpu")))
     assert figures["loss"] == 2.0
     assert figures["losses"] == {"4": 1.0}
     assert figures["images_per_second"] > 0
     meter.add_losses({"loss": torch.tensor(5.0)})
     meter.add_step(images=64, wait_seconds=1e9)
-    figures = meter.read(lambda values: values)
+    figures = meter.read(Ranks.alone(torch.device("cpu")))
     assert figures["loss"] == 5.0
     assert figures["losses"] == {}
     assert figures["data_wait_fraction"] == 1.0

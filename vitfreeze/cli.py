@@ -330,9 +330,9 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from datetime import timedelta
 
     from vitfreeze.config import load_config
-    from vitfreeze.doctor import examine, format_findings
+    from vitfreeze.doctor import format_findings, run_checks
 
-    findings = examine(
+    findings = run_checks(
         load_config(parsed.recipe, parsed.overrides) if parsed.recipe else None,
         seconds=parsed.seconds,
         images_per_second=parsed.images_per_second,

@@ -46,11 +46,11 @@ _TO_HF = (
 )
 
 
-def export_run(place: str | Path, *, to: str, out: str | Path | None = None) -> Path:
+def export_run(location: str | Path, *, to: str, out: str | Path | None = None) -> Path:
     """Write the encoder, or the fine-tuned model, of a run for another tool; return the file or folder written.
 
     Args:
-        place: a run folder, or anything else that `read_pretrained` takes.
+        location: a run folder, or anything else that `read_pretrained` takes.
         to: timm: a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`; safetensors: one file by
             timm's names; hf: a folder for Hugging Face's ViTModel and ViTMAEModel; torch: a .pth file as MAE's and
             LocalMIM's fine-tuning reads it. Each comes with a model card.
@@ -62,12 +62,12 @@ def export_run(place: str | Path, *, to: str, out: str | Path | None = None) -> 
     """
     if to not in FORMATS:
         raise ValueError(f"--to is {to!r}, expected one of {', '.join(FORMATS)}")
-    pretrained = read_pretrained(place)
+    pretrained = read_pretrained(location)
     if not pretrained.is_finished:
         logger.warning("the run has not finished: these are its weights after %s", pretrained.origin)
     if to == "hf" and pretrained.is_classifier:
         raise ValueError(
-            f"{pretrained.place} is a fine-tuned classifier; only encoders go to Hugging Face, whose ViT does not "
+            f"{pretrained.location} is a fine-tuned classifier; only encoders go to Hugging Face, whose ViT does not "
             "classify the mean of its patches: export it to timm"
         )
     target = Path(out) if out else _default_target(pretrained, to=to)
@@ -291,11 +291,11 @@ def _exported_weights(pretrained: Pretrained) -> dict[str, Tensor]:
 
 
 def _default_target(pretrained: Pretrained, *, to: str) -> Path:
-    place = Path(pretrained.place.replace(":", "_"))
+    location = Path(pretrained.location.replace(":", "_"))
     if pretrained.checkpoint is not None:
         parent = pretrained.checkpoint.path.parent.parent / "export"
     else:
-        parent = place.parent / f"{place.stem}_export"
+        parent = location.parent / f"{location.stem}_export"
     return parent / {"timm": "timm", "hf": "hf", "safetensors": "encoder.safetensors", "torch": "encoder.pth"}[to]
 
 

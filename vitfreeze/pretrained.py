@@ -38,7 +38,7 @@ class Pretrained:
         size: dimensions of the encoder.
         img_size: side of the images that its positions are made for, in pixels.
         origin: where they come from, in words.
-        place: the run folder, file or name that was given.
+        location: the run folder, file or name that was given.
         checkpoint: ours, if it is one of ours.
         config: the settings of our run.
         rounded: dtype of each tensor that its source held in half precision, by name.
@@ -48,7 +48,7 @@ class Pretrained:
     size: ModelSize
     img_size: int
     origin: str
-    place: str
+    location: str
     checkpoint: Checkpoint | None = None
     config: Config | None = None
     rounded: Mapping[str, str] = field(default_factory=dict)
@@ -69,18 +69,18 @@ class Pretrained:
         return self.checkpoint is None or self.checkpoint.step >= int(self.checkpoint.extra.get("total_steps", 0))
 
 
-def read_pretrained(place: str | Path) -> Pretrained:
+def read_pretrained(location: str | Path) -> Pretrained:
     """Read weights from wherever they are.
 
     Args:
-        place: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM or MAE, a
+        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM or MAE, a
             .safetensors file that `vitfreeze export` or timm wrote, or 'timm:' with the name of a model that timm
             fetches from its hub. Nothing is unpickled but tensors, plain containers and the arguments beside them.
 
     Raises:
         ValueError: nothing there can be used; the message says what was found and what is allowed.
     """
-    text, path = str(place), Path(place)
+    text, path = str(location), Path(location)
     if text.startswith(TIMM_PREFIX):
         return _read_timm(text)
     if path.is_dir():
@@ -165,7 +165,7 @@ def _read_run(path: Path) -> Pretrained:
         size=config.model.resolve(),
         img_size=config.model.img_size,
         origin=f"step {checkpoint.step} of the run in {path}",
-        place=str(path),
+        location=str(path),
         checkpoint=checkpoint,
         config=config,
         rounded=rounded,
@@ -210,7 +210,7 @@ def _read_timm(text: str) -> Pretrained:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"timm's {name} is a {type(model).__name__}, expected a VisionTransformer")
     return _from_tensors(
-        model.state_dict(), path=Path(name), size=None, origin=f"timm's model {name}", place=text,
+        model.state_dict(), path=Path(name), size=None, origin=f"timm's model {name}", location=text,
         num_heads=cast(Block, model.blocks[0]).attn.num_heads,
     )  # fmt: skip
 
@@ -221,7 +221,7 @@ def _from_tensors(
     path: Path,
     size: ModelSize | None,
     origin: str,
-    place: str | None = None,
+    location: str | None = None,
     num_heads: int | None = None,
 ) -> Pretrained:
     """Recognise whose names these are, and the sizes behind them."""
@@ -251,7 +251,7 @@ def _from_tensors(
         size=size,
         img_size=grid * size.patch_size,
         origin=f"{origin} ({whose})",
-        place=place or str(path),
+        location=location or str(path),
         rounded=rounded,
     )
 

@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from vitfreeze.config import Config, settings
+from vitfreeze.ranks import ClusterError, LaunchEnvironment, describe_ranks, group_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -33,54 +33,7 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow", "sim
 # A node may keep its shards and its cache elsewhere than the others; what the shards hold is compared instead.
 NODE_LOCAL_SETTINGS = frozenset({"data.train", "data.val", "data.cache_dir"})
 POLL_SECONDS = 0.2
-PARTING_SECONDS = 10
-
-
-class ClusterError(ValueError):
-    """The ranks cannot run together; one sentence says which of them, on which host, and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where this process stands among those that the launcher started."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    master_addr: str
-    master_port: int
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """Read the launcher's variables; none of them: alone, on a free port.
-
-        Raises:
-            ClusterError: some, but not all, of them are set.
-        """
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in environment]
-        if len(missing) == len(names):
-            return cls(
-                rank=0, world_size=1, local_rank=0, local_size=1, master_addr="127.0.0.1", master_port=find_free_port()
-            )
-        if missing:
-            raise ClusterError(f"the launcher set only some of {', '.join(names)}: {', '.join(missing)} missing")
-        world_size = int(environment["WORLD_SIZE"])
-        # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        local_size = int(environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", world_size)))
-        rank = int(environment["RANK"])
-        return cls(
-            rank=rank, world_size=world_size, local_rank=int(environment.get("LOCAL_RANK", rank % local_size)),
-            local_size=local_size, master_addr=environment["MASTER_ADDR"], master_port=int(environment["MASTER_PORT"]),
-        )  # fmt: skip
-
-
-def find_free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+READ_SECONDS = 10
 
 
 def join_timeout() -> timedelta:
@@ -89,38 +42,38 @@ def join_timeout() -> timedelta:
 
 
 class Rendezvous:
-    """All ranks of a run, meeting through the launcher's store.
+    """All ranks of a run, who meet through the launcher's store.
 
     Every method is collective: all ranks call the same ones in the same order.
 
     Args:
-        purpose: separates the keys of one meeting from those of another of the same launch.
-        place: this process.
+        purpose: separates the keys of one rendezvous from those of another of the same launch.
+        launch: what the launcher said of this process.
         timeout: how long to wait for the others.
 
     Raises:
         ClusterError: rank 0 cannot listen, or cannot be reached.
     """
 
-    def __init__(self, purpose: str, *, place: Place, timeout: timedelta) -> None:
-        self.place = place
+    def __init__(self, purpose: str, *, launch: LaunchEnvironment, timeout: timedelta) -> None:
+        self.launch = launch
         self.timeout = timeout
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
-        store = PrefixStore(f"vitfreeze/{purpose}/{attempt}", _open_store(place, timeout))
-        # The next meeting for the same purpose must not find the keys of this one.
-        number = (store.add("entered", 1) - 1) // place.world_size
+        store = PrefixStore(f"vitfreeze/{purpose}/{attempt}", _open_store(launch, timeout))
+        # The next rendezvous for the same purpose must not find the keys of this one.
+        number = (store.add("entered", 1) - 1) // launch.world_size
         self.store: Store = PrefixStore(str(number), store)
         self._rounds = 0
 
     @property
     def rank(self) -> int:
         """Number of this process."""
-        return self.place.rank
+        return self.launch.rank
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.place.world_size
+        return self.launch.world_size
 
     def wait_for_ranks(self) -> list[str]:
         """Wait until every rank is there and return the host of each.
@@ -136,16 +89,16 @@ class Rendezvous:
                 time.sleep(POLL_SECONDS)
                 missing = self._missing(missing)
             hosts = [None if r in missing else self.store.get(f"here/{r}").decode() for r in range(self.world_size)]
-            self.store.set("roll", json.dumps(hosts))
-        hosts = json.loads(self._get("roll", patience=2))
-        self._part("roll", [rank for rank, host in enumerate(hosts) if host is not None])
+            self.store.set("hosts", json.dumps(hosts))
+        hosts = json.loads(self._get("hosts", patience=2))
+        self._wait_for_readers("hosts", [rank for rank, host in enumerate(hosts) if host is not None])
         absent = [rank for rank, host in enumerate(hosts) if host is None]
         if absent:
             present = sorted({host for host in hosts if host is not None})
             raise ClusterError(
                 f"{describe_ranks(absent)} of {self.world_size} ({self._describe_nodes(absent)}) did not start within "
                 f"{self.timeout.total_seconds() / 60:.3g} minutes, while {', '.join(present)} waited: see whether "
-                f"those hosts are up and reach {self.place.master_addr}:{self.place.master_port}, or leave them out"
+                f"those hosts are up and reach {self.launch.master_addr}:{self.launch.master_port}, or leave them out"
             )
         return hosts
 
@@ -162,7 +115,7 @@ class Rendezvous:
             values = [json.loads(self._get(f"{key}/{rank}", patience=patience)) for rank in range(self.world_size)]
             self.store.set(key, json.dumps(values))
         values = json.loads(self._get(key, patience=2 * patience))
-        self._part(key, range(self.world_size))
+        self._wait_for_readers(key, range(self.world_size))
         return values
 
     @contextmanager
@@ -178,12 +131,13 @@ class Rendezvous:
         except (ValueError, OSError) as caught:
             error = caught
         answers = self.gather([socket.gethostname(), str(error) if error else ""])
+        hosts = [host for host, _ in answers]
         problems = group_ranks([problem for _, problem in answers])
         if error is not None and len(problems) == 1:
             raise error
         failed = {problem: ranks for problem, ranks in problems.items() if problem}
         if failed:
-            parts = [f"{_describe_place(ranks, [host for host, _ in answers])}: {p}" for p, ranks in failed.items()]
+            parts = [f"{describe_ranks(ranks, hosts=hosts)}: {p}" for p, ranks in failed.items()]
             raise ClusterError("; ".join(parts)) from error
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
@@ -199,7 +153,7 @@ class Rendezvous:
         for name in names:
             values = group_ranks([theirs.get(name, "missing") for _, theirs in answers])
             if len(values) > 1:
-                sides = [f"{value} on {_describe_place(ranks, hosts)}" for value, ranks in values.items()]
+                sides = [f"{value} on {describe_ranks(ranks, hosts=hosts)}" for value, ranks in values.items()]
                 lines.append(f"{name} is {' but '.join(sides)}")
         if lines:
             more = f" (and {len(lines) - 4} more differences)" if len(lines) > 4 else ""
@@ -212,53 +166,53 @@ class Rendezvous:
         except DistError as error:
             raise ClusterError(f"rank {self.rank} waited in vain for {key!r} of the other ranks: {error}") from error
 
-    def _part(self, key: str, ranks: Sequence[int]) -> None:
+    def _wait_for_readers(self, key: str, ranks: Sequence[int]) -> None:
         """Let rank 0, with whom the store ends, go on only when the others have read what they waited for."""
         self.store.set(f"{key}/read/{self.rank}", "")
         if self.rank == 0:
             with suppress(DistError):  # one that was lost on the way has no need of the store
-                self.store.wait([f"{key}/read/{rank}" for rank in ranks], timedelta(seconds=PARTING_SECONDS))
+                self.store.wait([f"{key}/read/{rank}" for rank in ranks], timedelta(seconds=READ_SECONDS))
 
     def _missing(self, ranks: Sequence[int]) -> list[int]:
         return [rank for rank in ranks if not self.store.check([f"here/{rank}"])]
 
     def _describe_nodes(self, ranks: Sequence[int]) -> str:
-        nodes = sorted({rank // self.place.local_size for rank in ranks})
+        nodes = sorted({rank // self.launch.local_size for rank in ranks})
         return f"node {', '.join(map(str, nodes))}, counted from 0 in the hostfile"
 
 
-def _open_store(place: Place, timeout: timedelta) -> Store:
+def _open_store(launch: LaunchEnvironment, timeout: timedelta) -> Store:
     # torchrun's agent holds the store itself; otherwise rank 0 does, and torch's process group shares it.
-    is_master = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_master = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not is_master:
-        _wait_for_master(place, timeout)
+        _wait_for_master(launch, timeout)
     try:
         return TCPStore(
-            place.master_addr, place.master_port, world_size=None, is_master=is_master,
+            launch.master_addr, launch.master_port, world_size=None, is_master=is_master,
             timeout=timeout, wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
     except (DistError, ValueError) as error:
         host, problem = socket.gethostname(), str(error).strip().splitlines()[0]
         if "in use" in problem:
-            raise ClusterError(f"port {place.master_port} of {host} is in use: give another --master_port") from None
+            raise ClusterError(f"port {launch.master_port} of {host} is in use: give another --master_port") from None
         raise ClusterError(
-            f"rank {place.rank} on {host} could not meet the others at {place.master_addr}:"
-            f"{place.master_port}: {problem}"
+            f"rank {launch.rank} on {host} could not meet the others at {launch.master_addr}:"
+            f"{launch.master_port}: {problem}"
         ) from error
 
 
-def _wait_for_master(place: Place, timeout: timedelta) -> None:
+def _wait_for_master(launch: LaunchEnvironment, timeout: timedelta) -> None:
     """Wait until rank 0 listens; torch's own attempt would print a stack of C++ frames before it gives up."""
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            socket.create_connection((place.master_addr, place.master_port), timeout=5).close()
+            socket.create_connection((launch.master_addr, launch.master_port), timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
                 message = (
-                    f"rank {place.rank} on {socket.gethostname()} did not reach rank 0 at {place.master_addr}:"
-                    f"{place.master_port} within {timeout.total_seconds() / 60:.3g} minutes ({error}): see whether "
+                    f"rank {launch.rank} on {socket.gethostname()} did not reach rank 0 at {launch.master_addr}:"
+                    f"{launch.master_port} within {timeout.total_seconds() / 60:.3g} minutes ({error}): see whether "
                     "that host is up, runs the same command, and lets this port through"
                 )
                 logger.error(message)  # rank 0, which speaks for all, is the one that is missing
@@ -315,27 +269,3 @@ def fingerprint_shards(shards: Sequence[str], lengths: Sequence[int]) -> str:
 def digest(*texts: str) -> str:
     """Return 12 hexadecimal digits that stand for the texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-
-
-def group_ranks(values: Sequence[str]) -> dict[str, list[int]]:
-    """Return the ranks that gave each value, values in order of first appearance."""
-    groups: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        groups.setdefault(value, []).append(rank)
-    return groups
-
-
-def describe_ranks(ranks: Sequence[int]) -> str:
-    """Return 'rank 3' or 'ranks 0-7, 9'."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
-
-
-def _describe_place(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    return f"{describe_ranks(ranks)} ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks))})"

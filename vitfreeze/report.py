@@ -22,6 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vitfreeze.ranks import Ranks
+
 logger = logging.getLogger("vitfreeze")
 
 
@@ -75,13 +77,13 @@ class Meter:
         self._steps += 1
         self._wait_seconds += wait_seconds
 
-    def read(self, mean_over_ranks: Callable[[Sequence[float]], Sequence[float]]) -> dict[str, Any]:
+    def read(self, ranks: Ranks) -> dict[str, Any]:
         """Return the figures since the last reading and start again; waits for the device once.
 
-        Every rank must call this at the same step: `mean_over_ranks` is a collective.
+        Every rank must call this at the same step: losses are the mean over the ranks.
         """
         names = list(self._sums)
-        means = mean_over_ranks([float(self._sums[name]) / self._micro_batches for name in names])
+        means = ranks.mean([float(self._sums[name]) / self._micro_batches for name in names])
         parts = dict(zip(names, means, strict=True))
         seconds = time.perf_counter() - self._started
         figures = {

@@ -13,7 +13,7 @@ import torch
 
 from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.config import find_ds_config
-from vitfreeze.engine import FreezingEngine, best_ds_config, join_processes
+from vitfreeze.engine import FreezingEngine, best_ds_config, join_ranks
 from vitfreeze.model import LocalMIM
 
 
@@ -47,12 +47,12 @@ def measure_drops(
         raise ValueError(f"size {size!r}: allowed are {', '.join(MODEL_SIZES)}")
     if steps < 1:
         raise ValueError(f"steps {steps}: at least 1 is needed to time a step")
-    processes = join_processes()
+    ranks = join_ranks()
     torch.manual_seed(seed)
     model = LocalMIM(img_size=img_size, hog_nbins=9, **asdict(MODEL_SIZES[size]))
     engine = FreezingEngine(
         model,
-        ds_config=find_ds_config(str(ds_config) or best_ds_config(processes.device)),
+        ds_config=find_ds_config(str(ds_config) or best_ds_config(ranks.device)),
         micro_batch=micro_batch,
     )
     engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))

@@ -20,7 +20,7 @@ from vitfreeze.bench.freeze import time_step
 from vitfreeze.bench.step import StepTimer, list_versions, name_device
 from vitfreeze.config import Config
 from vitfreeze.doctor.network import bus_bandwidth
-from vitfreeze.engine import FreezingEngine, join_processes
+from vitfreeze.engine import FreezingEngine, join_ranks
 from vitfreeze.planner import Plan, Stage, StepTimes, plan
 from vitfreeze.planner.text import format_table
 from vitfreeze.training.build import build_engine, build_model
@@ -82,15 +82,15 @@ def run_scaling_benchmark(
         ConfigError: a setting cannot be used.
         ValueError: one rank alone, a length that the schedule does not go through, or no rounds.
     """
-    processes = join_processes()
-    if processes.world_size == 1:
+    ranks = join_ranks()
+    if ranks.world_size == 1:
         raise ValueError("bench scaling compares one rank with many: start it with a launcher on two ranks or more")
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
-    paper = plan(config, world_size=processes.world_size)
+    paper = plan(config, world_size=ranks.world_size)
     prefixes = _choose_prefixes([stage.frozen_layers for stage in paper.stages], frozen_layers)
     at_once = replace(config, freeze=replace(config.freeze, min_steps_between_drops=0))
-    engine = build_engine(at_once, processes, frozen_layers=0)
+    engine = build_engine(at_once, ranks, frozen_layers=0)
     timer = StepTimer(
         build_model(config), micro_batch=engine.micro_batch, dtype=engine.dtype, device=engine.device,
         clock=time.perf_counter,
@@ -101,7 +101,7 @@ def run_scaling_benchmark(
         engine.freeze(prefix, step=prefix)
         alone_ms[prefix], measured_ms[prefix] = _measure(timer, engine, rounds=rounds, warmup_rounds=warmup_rounds)
         bandwidths.append(bus_bandwidth(None, engine.world_size, engine.device))
-    bandwidth = engine.mean_over_ranks([statistics.median(bandwidths)])[0]
+    bandwidth = engine.ranks.mean([statistics.median(bandwidths)])[0]
     times = StepTimes(source="lone ranks", images=engine.micro_batch, step_ms=alone_ms)
     held = plan(config, world_size=engine.world_size, times=times, bandwidth_gigabytes=bandwidth)
     stages = {stage.frozen_layers: stage for stage in held.stages}
@@ -132,7 +132,7 @@ def _measure(timer: StepTimer, engine: FreezingEngine, *, rounds: int, warmup_ro
         if number >= 0:
             alone.append(lone_seconds)
             together.append(seconds)
-    means = engine.mean_over_ranks([statistics.median(alone), statistics.median(together)])
+    means = engine.ranks.mean([statistics.median(alone), statistics.median(together)])
     return 1e3 * means[0], 1e3 * means[1]
 
 

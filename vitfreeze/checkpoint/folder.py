@@ -87,19 +87,19 @@ def checkpoint_name(step: int, *, parent: Path) -> str:
     return name
 
 
-def find_checkpoint(place: str | Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run folder, or the checkpoint that `place` itself is.
+def find_checkpoint(path: str | Path) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run folder, or the checkpoint that `path` itself is.
 
     In a run folder, damaged checkpoints are passed over with a warning for the newest whole one, and None means that
     nothing was saved yet. Every byte is read once, so let one rank do it.
 
     Raises:
-        CheckpointError: `place` is a damaged checkpoint, or a run folder in which every checkpoint is damaged.
+        CheckpointError: `path` is a damaged checkpoint, or a run folder in which every checkpoint is damaged.
     """
-    place = Path(place)
-    if (place / MANIFEST).is_file() or _NAME.fullmatch(place.name):
-        return open_checkpoint(place)
-    parent = place / FOLDER_NAME
+    path = Path(path)
+    if (path / MANIFEST).is_file() or _NAME.fullmatch(path.name):
+        return open_checkpoint(path)
+    parent = path / FOLDER_NAME
     readable, rejected = sort_checkpoints(parent)
     for path in readable:
         try:

@@ -24,13 +24,13 @@ from vitfreeze import __version__
 from vitfreeze.checkpoint import folder
 from vitfreeze.config import Config, Duration, dump_config
 from vitfreeze.engine import STATE_KEYS, FreezingEngine
+from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
 
 RNG_PREFIX, LOCAL_PREFIX = "rng/", "local/"
 # A rank may wait this long for another one that writes to a slow disk.
 PATIENCE = timedelta(hours=1)
-_MESSAGE_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,24 +113,18 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder, which all ranks see.
         keep: number of newest checkpoints that stay.
-        rank, world_size: of this process.
+        ranks: of the run.
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int, rank: int, world_size: int) -> None:
+    def __init__(self, run_dir: str | Path, *, keep: int, ranks: Ranks) -> None:
         self.parent = Path(run_dir) / folder.FOLDER_NAME
         self.keep = keep
-        self.rank, self.world_size = rank, world_size
         # The writing threads meet on a group of their own, so that they never mix with the training's collectives.
-        self._group: Any = None
-        if world_size > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._ranks = ranks.on_cpu(timeout=PATIENCE)
         self._thread: threading.Thread | None = None
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
-        if rank == 0:
-            _clear_remains(self.parent)
-        if self._group is not None:
-            torch.distributed.barrier(self._group)
+        self._ranks.from_rank_0(lambda: _clear_remains(self.parent))
 
     @property
     def is_busy(self) -> bool:
@@ -196,25 +190,22 @@ class CheckpointWriter:
         """Write this rank's files; when every rank has, let rank 0 give the folder its name."""
         parts = self.parent / f"{folder.SAVING_PREFIX}step-{snapshot.step:08d}"
         outcome = SaveReport(step=snapshot.step, path=None, seconds=0.0, stall_seconds=0.0, bytes=0)
+        error = ""
         try:
             self._write_files(parts, snapshot)
-            error = ""
         except (OSError, SafetensorError) as problem:
-            error = f"rank {self.rank}: {problem}"
-        error = self._first_message(error)
-        written = ""
-        if not error and self.rank == 0:
+            error = f"rank {self._ranks.rank}: {problem}"
+        error = next((text for text in self._ranks.gather(error) if text), "")
+        if not error:
             try:
-                written = json.dumps(self._complete(parts, snapshot))
+                name, size = self._ranks.from_rank_0(lambda: self._complete(parts, snapshot), errors=(OSError,))
             except OSError as problem:
                 error = f"rank 0: {problem}"
-        error = self._first_message(error)
         if error:
-            if self.rank == 0:
+            if self._ranks.rank == 0:
                 shutil.rmtree(parts, ignore_errors=True)
             return replace(outcome, error=error)
-        name, size = json.loads(self._first_message(written))
-        if self.rank == 0:
+        if self._ranks.rank == 0:
             self._delete_old()
         return replace(outcome, path=self.parent / name, bytes=size)
 
@@ -226,7 +217,7 @@ class CheckpointWriter:
             folder.sync_file(parts / name)
             facts[name] = {"bytes": (parts / name).stat().st_size, "sha256": folder.hash_file(parts / name)}
         note = {"files": facts, "starts": snapshot.starts}
-        folder.write_durably(parts / _note_name(self.rank), json.dumps(note).encode())
+        folder.write_durably(parts / _note_name(self._ranks.rank), json.dumps(note).encode())
 
     def _complete(self, parts: Path, snapshot: _Snapshot) -> tuple[str, int]:
         """On rank 0: write the manifest over all ranks' files, name the folder; return its name and size."""
@@ -236,7 +227,7 @@ class CheckpointWriter:
             folder.CONFIG: {"bytes": size, "sha256": folder.hash_file(parts / folder.CONFIG)}
         }
         slices: dict[str, list[list[Any]]] = {name: [] for name in snapshot.content["groups"]}
-        for rank in range(self.world_size):
+        for rank in range(self._ranks.world_size):
             note = json.loads((parts / _note_name(rank)).read_bytes())
             files |= note["files"]
             for group, (start, stop) in note["starts"].items():
@@ -266,18 +257,6 @@ class CheckpointWriter:
             except OSError as error:
                 logger.warning("an old checkpoint cannot be removed: %s", error)
 
-    def _first_message(self, text: str) -> str:
-        """Return the first text that is not empty, in the order of the ranks; the same on all of them."""
-        if self._group is None:
-            return text
-        mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-        data = text.encode()[:_MESSAGE_BYTES]
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        torch.distributed.all_gather(everyone, mine, group=self._group)
-        texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everyone]
-        return next((text for text in texts if text), "")
-
 
 def save_checkpoint(
     run_dir: str | Path,
@@ -290,7 +269,7 @@ def save_checkpoint(
     local: Mapping[str, Tensor] | None = None,
 ) -> SaveReport:
     """Save a checkpoint and wait for it; see `CheckpointWriter` for the arguments. All ranks call it."""
-    writer = CheckpointWriter(run_dir, keep=keep, rank=engine.rank, world_size=engine.world_size)
+    writer = CheckpointWriter(run_dir, keep=keep, ranks=engine.ranks)
     writer.start(step, engine=engine, config=config, extra=extra, local=local)
     report = writer.finish()
     assert report is not None

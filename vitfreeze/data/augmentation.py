@@ -66,7 +66,7 @@ class RandomCrop:
 
     def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
         """Return top, left, height, width of the rectangle that 2 + 2 * 10 uniform numbers choose."""
-        place_y, place_x = draws[:2]
+        offset_y, offset_x = draws[:2]
         log_least, log_greatest = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(1, _CROP_ATTEMPTS + 1):
             area_draw, ratio_draw = draws[2 * attempt : 2 * attempt + 2]
@@ -74,7 +74,7 @@ class RandomCrop:
             aspect = math.exp(log_least + ratio_draw * (log_greatest - log_least))
             crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
-                top, left = int(place_y * (height - crop_height + 1)), int(place_x * (width - crop_width + 1))
+                top, left = int(offset_y * (height - crop_height + 1)), int(offset_x * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
         return _central_box(height, width, self.ratio)
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vitfreeze.data.errors import ShardError
 
@@ -48,6 +49,11 @@ class EpochReport:
     images: int
     fallbacks: int
     skipped: Sequence[SkippedSample]
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> EpochReport:
+        """Read what `dataclasses.asdict` made of a report, on this rank or another one."""
+        return cls(**{**facts, "skipped": tuple(SkippedSample(**sample) for sample in facts["skipped"])})
 
     @property
     def skipped_per_shard(self) -> Mapping[str, int]:

@@ -9,7 +9,7 @@ from vitfreeze.doctor.facts import RankFacts
 from vitfreeze.doctor.findings import Finding
 from vitfreeze.gpu import cure_unfit_build, describe_unfit_build, is_built_for, number_of
 from vitfreeze.planner import format_bytes
-from vitfreeze.rendezvous import describe_ranks, group_ranks
+from vitfreeze.ranks import describe_ranks, group_ranks
 
 MAX_CLOCK_SKEW_SECONDS = 1.0
 # A rank below this share of the fastest one holds the others up at every step.
@@ -60,7 +60,7 @@ class FolderProbe:
     free_bytes: int
 
 
-def judge_ranks(facts: Sequence[RankFacts]) -> Finding:
+def check_ranks(facts: Sequence[RankFacts]) -> Finding:
     """Say how many ranks there are on which hosts."""
     hosts = group_ranks([rank.host for rank in facts])
     counts = ", ".join(f"{len(ranks)} on {host}" for host, ranks in list(hosts.items())[:16])
@@ -70,7 +70,7 @@ def judge_ranks(facts: Sequence[RankFacts]) -> Finding:
     )  # fmt: skip
 
 
-def judge_versions(facts: Sequence[RankFacts]) -> Finding:
+def check_versions(facts: Sequence[RankFacts]) -> Finding:
     """Compare the software of all ranks."""
     differences = []
     for name in facts[0].versions:
@@ -95,16 +95,16 @@ def judge_versions(facts: Sequence[RankFacts]) -> Finding:
     return Finding(check="versions", fit=True, found=f"alike: {shown}")
 
 
-def judge_gpus(facts: Sequence[RankFacts]) -> Finding:
+def check_gpus(facts: Sequence[RankFacts]) -> Finding:
     """Hold the generation of every GPU against torch's build, and every rank against the number of GPUs."""
     for rank in facts:
-        place = _where(facts, [rank.rank])
+        where = _where(facts, [rank.rank])
         if rank.driver_says and not rank.gpus_seen:
-            return _unseen_gpu(rank, place)
+            return _unseen_gpu(rank, where)
         if rank.gpus_seen and rank.gpu is None:
             return Finding(
                 check="GPUs", fit=False,
-                found=f"{place} is number {rank.local_rank} of its host, where torch sees {rank.gpus_seen} GPUs",
+                found=f"{where} is number {rank.local_rank} of its host, where torch sees {rank.gpus_seen} GPUs",
                 cure="give that host fewer slots in the hostfile, or see whether CUDA_VISIBLE_DEVICES hides some",
             )  # fmt: skip
     too_old = [rank for rank in facts if rank.gpu and not is_built_for(rank.gpu.capability, rank.gpu.built_for)]
@@ -124,7 +124,7 @@ def judge_gpus(facts: Sequence[RankFacts]) -> Finding:
     return Finding(check="GPUs", fit=True, found=found)
 
 
-def _unseen_gpu(rank: RankFacts, place: str) -> Finding:
+def _unseen_gpu(rank: RankFacts, where: str) -> Finding:
     first = rank.driver_says.splitlines()[0]
     if not rank.torch_cuda:
         cure = (
@@ -137,7 +137,7 @@ def _unseen_gpu(rank: RankFacts, place: str) -> Finding:
         )
     return Finding(
         check="GPUs", fit=False, cure=cure,
-        found=f"the driver lists {first} on {place}, but torch {rank.versions['torch']} sees no GPU",
+        found=f"the driver lists {first} on {where}, but torch {rank.versions['torch']} sees no GPU",
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def _unfit_build(facts: Sequence[RankFacts], unfit: Sequence[RankFacts]) -> Find
     return Finding(check="GPUs", fit=False, found=found, cure=cure_unfit_build(gpu.capability, version=version))
 
 
-def judge_precision(facts: Sequence[RankFacts], *, wanted: str | None) -> Finding:
+def check_precision(facts: Sequence[RankFacts], *, wanted: str | None) -> Finding:
     """Say which precisions work everywhere, and whether the recipe's is among them."""
     works = [name for name in facts[0].precisions if all(_trains_in(rank, name) for rank in facts)]
     found = f"{', '.join(works) or 'none'} on every rank"
@@ -178,19 +178,19 @@ def _trains_in(rank: RankFacts, precision: str) -> bool:
     return precision != "bf16" or rank.gpu.capability >= (8, 0)
 
 
-def judge_memory(facts: Sequence[RankFacts], *, needed_bytes: float | None, micro_batch: int | None) -> Finding:
+def check_memory(facts: Sequence[RankFacts], *, needed_bytes: float | None, micro_batch: int | None) -> Finding:
     """Hold the free memory of every GPU against the plan's peak."""
     gpus = [(rank.gpu.free_bytes, rank) for rank in facts if rank.gpu]
     if not gpus:
         return Finding(check="GPU memory", fit=None, found="no GPU")
     free, tightest = min(gpus, key=lambda pair: pair[0])
-    place = _where(facts, [tightest.rank])
+    where = _where(facts, [tightest.rank])
     if needed_bytes is None:
         return Finding(
-            check="GPU memory", fit=True, found=f"{format_bytes(free)} free on {place}, and no less elsewhere"
+            check="GPU memory", fit=True, found=f"{format_bytes(free)} free on {where}, and no less elsewhere"
         )
     needed = f"the plan needs {format_bytes(needed_bytes)} for a micro-batch of {micro_batch}"
-    found = f"{needed}; {place} has {format_bytes(free)} free"
+    found = f"{needed}; {where} has {format_bytes(free)} free"
     if needed_bytes <= free:
         return Finding(check="GPU memory", fit=True, found=found)
     assert tightest.gpu is not None
@@ -205,7 +205,7 @@ def _half(micro_batch: int | None) -> int:
     return max((micro_batch or 2) // 2, 1)
 
 
-def judge_speed(facts: Sequence[RankFacts], *, precision: str) -> Finding:
+def check_speed(facts: Sequence[RankFacts], *, precision: str) -> Finding:
     """Compare the ranks' speed in matrix products: one slow GPU slows all."""
     speeds = {rank.rank: rank.teraflops[precision] for rank in facts if rank.gpu and precision in rank.teraflops}
     if not speeds:
@@ -221,7 +221,7 @@ def judge_speed(facts: Sequence[RankFacts], *, precision: str) -> Finding:
     return Finding(check="speed", fit=speeds[slow] >= MIN_SHARE_OF_FASTEST * speeds[fast], found=found, cure=cure)
 
 
-def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
+def check_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     """Compare the clocks, given each rank's offset from rank 0 in seconds."""
     if len(offsets) == 1:
         return Finding(check="clocks", fit=None, found="one rank has one clock")
@@ -231,7 +231,7 @@ def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     return Finding(check="clocks", fit=abs(offsets[worst]) <= MAX_CLOCK_SKEW_SECONDS, found=found, cure=cure)
 
 
-def judge_links(
+def check_links(
     links: Links, *, gradient_bytes: float | None, compute_seconds: float | None, world_size: int
 ) -> Finding:
     """Hold the measured all-reduce against the time that a step computes."""
@@ -264,7 +264,7 @@ def judge_links(
     )  # fmt: skip
 
 
-def judge_batch(error: str, *, micro_batch: int | None, accumulation: int | None) -> Finding:
+def check_batch(error: str, *, micro_batch: int | None, accumulation: int | None) -> Finding:
     """Say how the global batch divides over the ranks."""
     if error:
         return Finding(
@@ -276,7 +276,7 @@ def judge_batch(error: str, *, micro_batch: int | None, accumulation: int | None
     )
 
 
-def judge_shards(
+def check_shards(
     readings: Sequence[ShardReading], hosts: Sequence[str], *, needed_images_per_second: float, basis: str
 ) -> Finding:
     """Say whether every rank reads the same shards fast enough."""
@@ -285,12 +285,12 @@ def judge_shards(
     if failed:
         error, ranks = next(iter(failed.items()))
         return Finding(
-            check="shards", fit=False, found=f"{error}, on {_place(ranks, hosts)}",
+            check="shards", fit=False, found=f"{error}, on {_name(ranks, hosts)}",
             cure="mount the folder there, copy the shards to that node, or set data.train to where they are",
         )  # fmt: skip
     prints = group_ranks([reading.fingerprint for reading in readings])
     if len(prints) > 1:
-        sides = [f"{fingerprint} on {_place(ranks, hosts)}" for fingerprint, ranks in prints.items()]
+        sides = [f"{fingerprint} on {_name(ranks, hosts)}" for fingerprint, ranks in prints.items()]
         return Finding(
             check="shards", fit=False, found=f"not the same everywhere: {'; '.join(sides)}",
             cure="copy them again; python -m data_prep verify DIR on each node finds what differs",
@@ -298,7 +298,7 @@ def judge_shards(
     slow = min(range(len(readings)), key=lambda rank: readings[rank].images_per_second)
     rate, workers = readings[slow].images_per_second, readings[slow].workers
     found = (
-        f"{readings[0].fingerprint} everywhere; the slowest, {_place([slow], hosts)}, reads {rate:.0f} images/s with "
+        f"{readings[0].fingerprint} everywhere; the slowest, {_name([slow], hosts)}, reads {rate:.0f} images/s with "
         f"{workers} workers, of {needed_images_per_second:.0f} that {basis}"
     )
     wanted = round(max(workers, 1) * needed_images_per_second / max(rate, 1e-9)) + 1
@@ -309,41 +309,41 @@ def judge_shards(
     return Finding(check="shards", fit=rate >= needed_images_per_second, found=found, cure=cure)
 
 
-def judge_shared_memory(facts: Sequence[RankFacts], *, needed_bytes: float | None) -> Finding:
+def check_shared_memory(facts: Sequence[RankFacts], *, needed_bytes: float | None) -> Finding:
     """Hold the size of /dev/shm, through which workers hand over images, against what the ranks of a host need."""
     sizes = [(rank.shared_memory_bytes, rank) for rank in facts if rank.shared_memory_bytes is not None]
     if not sizes:
         return Finding(check="shared memory", fit=None, found="there is no /dev/shm here")
     size, smallest = min(sizes, key=lambda pair: pair[0])
-    place = _where(facts, [smallest.rank])
+    where = _where(facts, [smallest.rank])
     if needed_bytes is None:
-        return Finding(check="shared memory", fit=True, found=f"{format_bytes(size)} on {place}, and no less elsewhere")
+        return Finding(check="shared memory", fit=True, found=f"{format_bytes(size)} on {where}, and no less elsewhere")
     return Finding(
         check="shared memory", fit=size >= needed_bytes,
-        found=f"the workers of a host need {format_bytes(needed_bytes)} of /dev/shm; {place} has {format_bytes(size)}",
+        found=f"the workers of a host need {format_bytes(needed_bytes)} of /dev/shm; {where} has {format_bytes(size)}",
         cure="start the container with --shm-size or --ipc=host; or lower data.workers and data.prefetch",
     )  # fmt: skip
 
 
-def judge_run_folder(probes: Sequence[FolderProbe], hosts: Sequence[str], *, folder: str) -> Finding:
+def check_run_folder(probes: Sequence[FolderProbe], hosts: Sequence[str], *, folder: str) -> Finding:
     """Say whether every rank can write the run folder, and whether it is one folder."""
     failed = [rank for rank, probe in enumerate(probes) if probe.error]
     if failed:
         return Finding(
-            check="run folder", fit=False, found=f"{probes[failed[0]].error}, on {_place(failed, hosts)}",
+            check="run folder", fit=False, found=f"{probes[failed[0]].error}, on {_name(failed, hosts)}",
             cure="set run.dir to a folder that this user may write on every node",
         )  # fmt: skip
     blind = [rank for rank, probe in enumerate(probes) if not probe.sees_rank_0]
     if blind:
         return Finding(
             check="run folder", fit=False,
-            found=f"{folder} on {_place(blind, hosts)} is not the folder that rank 0 sees",
+            found=f"{folder} on {_name(blind, hosts)} is not the folder that rank 0 sees",
             cure="set run.dir to a file system that all nodes share: every rank writes its part of a checkpoint",
         )  # fmt: skip
     return Finding(check="run folder", fit=True, found=f"{folder}: writable and shared by all ranks")
 
 
-def judge_disk(probes: Sequence[FolderProbe], *, needed_bytes: float | None) -> Finding:
+def check_disk(probes: Sequence[FolderProbe], *, needed_bytes: float | None) -> Finding:
     """Hold the room on the run folder's disk against the checkpoints that are kept."""
     free = min(probe.free_bytes for probe in probes)
     if needed_bytes is None:
@@ -356,10 +356,8 @@ def judge_disk(probes: Sequence[FolderProbe], *, needed_bytes: float | None) -> 
 
 
 def _where(facts: Sequence[RankFacts], ranks: Sequence[int]) -> str:
-    return _place(ranks, [rank.host for rank in facts])
+    return _name(ranks, [rank.host for rank in facts])
 
 
-def _place(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    more = f" and {len(names) - 4} more hosts" if len(names) > 4 else ""
-    return f"{describe_ranks(ranks)} ({', '.join(names[:4])}{more})"
+def _name(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    return describe_ranks(ranks, hosts=hosts, max_hosts=4)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitfreeze.rendezvous import Place, software_versions
+from vitfreeze.ranks import LaunchEnvironment
+from vitfreeze.rendezvous import software_versions
 
 SHARED_MEMORY = Path("/dev/shm")
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,11 +73,11 @@ class RankFacts:
         return cls(**{**facts, "gpu": gpu})
 
 
-def look_around(place: Place) -> RankFacts:
+def collect_facts(launch: LaunchEnvironment) -> RankFacts:
     """Collect what this rank sees of its machine; some seconds."""
     gpus_seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_gpu = place.local_rank < gpus_seen
-    device = torch.device("cuda", place.local_rank) if has_gpu else torch.device("cpu")
+    has_gpu = launch.local_rank < gpus_seen
+    device = torch.device("cuda", launch.local_rank) if has_gpu else torch.device("cpu")
     gpu = _describe_gpu(device) if has_gpu else None
     precisions, teraflops = {}, {}
     for name, dtype in DTYPES.items():
@@ -84,7 +85,7 @@ def look_around(place: Place) -> RankFacts:
         if not precisions[name] and (gpu is not None or name == "fp32"):  # halves crawl on most CPUs
             teraflops[name] = measure_teraflops(device, dtype)
     return RankFacts(
-        rank=place.rank, local_rank=place.local_rank, host=socket.gethostname(), versions=software_versions(),
+        rank=launch.rank, local_rank=launch.local_rank, host=socket.gethostname(), versions=software_versions(),
         torch_cuda=torch.version.cuda or "", gpus_seen=gpus_seen, driver_says=_ask_driver(), gpu=gpu,
         precisions=precisions, teraflops=teraflops, shared_memory_bytes=_size_of_shared_memory(),
         engine_error=_try_engine(),

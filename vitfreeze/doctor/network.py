@@ -69,8 +69,7 @@ def measure_links(rendezvous: Rendezvous, hosts: Sequence[str], *, device: torch
     if errors:
         return Links(backend=backend, all_ranks=None, within_nodes=None, between_nodes=None, error=errors[0])
     every, within, between = (
-        min((figures[place] for _, figures in answers if figures[place] is not None), default=None)
-        for place in range(3)
+        min((figures[link] for _, figures in answers if figures[link] is not None), default=None) for link in range(3)
     )
     return Links(backend=backend, all_ranks=every, within_nodes=within, between_nodes=between)
 

@@ -1,4 +1,4 @@
-"""The examination: every check in turn, each taken by all ranks and judged alike on all."""
+"""Every check in turn, which all ranks take and answer alike."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.doctor.checks import (
     FolderProbe,
     ShardReading,
-    judge_batch,
-    judge_clocks,
-    judge_disk,
-    judge_gpus,
-    judge_links,
-    judge_memory,
-    judge_precision,
-    judge_ranks,
-    judge_run_folder,
-    judge_shards,
-    judge_shared_memory,
-    judge_speed,
-    judge_versions,
+    check_batch,
+    check_clocks,
+    check_disk,
+    check_gpus,
+    check_links,
+    check_memory,
+    check_precision,
+    check_ranks,
+    check_run_folder,
+    check_shards,
+    check_shared_memory,
+    check_speed,
+    check_versions,
 )
-from vitfreeze.doctor.facts import RankFacts, look_around
+from vitfreeze.doctor.facts import RankFacts, collect_facts
 from vitfreeze.doctor.findings import Finding
 from vitfreeze.doctor.network import compare_clocks, measure_links
 from vitfreeze.gpu import is_built_for
 from vitfreeze.planner import Plan, costs_of, plan
-from vitfreeze.rendezvous import Place, Rendezvous, fingerprint_shards, group_ranks
+from vitfreeze.ranks import LaunchEnvironment, group_ranks
+from vitfreeze.rendezvous import Rendezvous, fingerprint_shards
 
 # Of the rate of large matrix products, what a whole training step of a ViT reaches when it is well tuned.
 STEP_SHARE_OF_PRODUCTS = 0.4
@@ -77,14 +78,14 @@ class Need:
         return (data.workers * data.prefetch + 1) * self.plan.micro_batch * image if data.workers else 0
 
 
-def examine(
+def run_checks(
     config: Config | None,
     *,
     seconds: float = 5.0,
     images_per_second: float | None = None,
     timeout: timedelta = timedelta(minutes=2),
 ) -> list[Finding]:
-    """Examine the cluster that the launcher started this process in; collective, and the same answer on all ranks.
+    """Check the cluster that the launcher started this process in; collective, and the same answer on all ranks.
 
     Args:
         config: the run that it shall carry; None: only what every run needs.
@@ -95,39 +96,39 @@ def examine(
     Raises:
         ClusterError: the ranks do not all come together.
     """
-    place = Place.from_environment()
-    rendezvous = Rendezvous("doctor", place=place, timeout=timeout)
-    hosts = label_hosts(rendezvous.wait_for_ranks(), local_size=place.local_size)
-    own = look_around(place)
+    launch = LaunchEnvironment.read()
+    rendezvous = Rendezvous("doctor", launch=launch, timeout=timeout)
+    hosts = label_hosts(rendezvous.wait_for_ranks(), local_size=launch.local_size)
+    own = collect_facts(launch)
     everyone = [RankFacts.from_json(facts) for facts in rendezvous.gather(own.to_json())]
     facts = [replace(rank, host=host) for rank, host in zip(everyone, hosts, strict=True)]
-    findings = [judge_ranks(facts), judge_versions(facts), judge_gpus(facts)]
-    need, batch = find_need(config, facts, place=place, images_per_second=images_per_second)
+    findings = [check_ranks(facts), check_versions(facts), check_gpus(facts)]
+    need, batch = find_need(config, facts, launch=launch, images_per_second=images_per_second)
     precision = need.plan.machine.precision if need else None
-    findings.append(judge_precision(facts, wanted=precision))
+    findings.append(check_precision(facts, wanted=precision))
     findings += [batch] if batch else []
     findings.append(
-        judge_memory(
+        check_memory(
             facts,
             needed_bytes=need.plan.peak_memory_bytes if need else None,
             micro_batch=need.plan.micro_batch if need else None,
         )
     )
-    findings.append(judge_speed(facts, precision=precision or "fp32"))
-    findings.append(judge_clocks(compare_clocks(rendezvous), hosts))
-    links = measure_links(rendezvous, hosts, device=choose_device(facts, place))
+    findings.append(check_speed(facts, precision=precision or "fp32"))
+    findings.append(check_clocks(compare_clocks(rendezvous), hosts))
+    links = measure_links(rendezvous, hosts, device=choose_device(facts, launch))
     findings.append(
-        judge_links(
+        check_links(
             links,
             gradient_bytes=need.plan.stages[0].gradient_bytes_per_step if need else None,
             compute_seconds=need.compute_seconds if need else None,
-            world_size=place.world_size,
+            world_size=launch.world_size,
         )
     )
     findings.append(
-        judge_shared_memory(facts, needed_bytes=need.shared_memory_bytes * place.local_size if need else None)
+        check_shared_memory(facts, needed_bytes=need.shared_memory_bytes * launch.local_size if need else None)
     )
-    findings += examine_files(config, need, rendezvous, hosts, seconds=seconds)
+    findings += check_files(config, need, rendezvous, hosts, seconds=seconds)
     return findings
 
 
@@ -138,17 +139,17 @@ def label_hosts(hostnames: Sequence[str], *, local_size: int) -> list[str]:
     return [f"{name}/node {node}" if name in shared else name for name, node in zip(hostnames, nodes, strict=True)]
 
 
-def choose_device(facts: Sequence[RankFacts], place: Place) -> torch.device:
+def choose_device(facts: Sequence[RankFacts], launch: LaunchEnvironment) -> torch.device:
     """Return where the ranks sum: on their GPUs if all have one that torch has code for."""
     usable = all(rank.gpu is not None and is_built_for(rank.gpu.capability, rank.gpu.built_for) for rank in facts)
     if not usable:
         return torch.device("cpu")
-    torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
 
 
 def find_need(
-    config: Config | None, facts: Sequence[RankFacts], *, place: Place, images_per_second: float | None
+    config: Config | None, facts: Sequence[RankFacts], *, launch: LaunchEnvironment, images_per_second: float | None
 ) -> tuple[Need | None, Finding | None]:
     """Return what the recipe needs of each rank, and the finding on its batch; one that does not divide needs nothing.
 
@@ -160,10 +161,10 @@ def find_need(
     if not config.run.ds_config and all(rank.gpu is None for rank in facts):
         config = replace(config, run=replace(config.run, ds_config="cpu"))
     try:
-        micro_batch, accumulation = derive_accumulation(config, world_size=place.world_size)
+        micro_batch, accumulation = derive_accumulation(config, world_size=launch.world_size)
     except ValueError as error:
-        return None, judge_batch(str(error), micro_batch=None, accumulation=None)
-    predicted = plan(config, world_size=place.world_size)
+        return None, check_batch(str(error), micro_batch=None, accumulation=None)
+    predicted = plan(config, world_size=launch.world_size)
     rate, basis = images_per_second, "were asked for"
     if rate is None:
         precision = predicted.machine.precision
@@ -171,13 +172,13 @@ def find_need(
         rate = STEP_SHARE_OF_PRODUCTS * speed * 1e12 / predicted.stages[-1].flops_per_image
         basis = f"it could train at most, at {STEP_SHARE_OF_PRODUCTS:.0%} of its rate of matrix products"
     need = Need(config=config, plan=predicted, images_per_second=rate, basis=basis)
-    return need, judge_batch("", micro_batch=micro_batch, accumulation=accumulation)
+    return need, check_batch("", micro_batch=micro_batch, accumulation=accumulation)
 
 
-def examine_files(
+def check_files(
     config: Config | None, need: Need | None, rendezvous: Rendezvous, hosts: Sequence[str], *, seconds: float
 ) -> list[Finding]:
-    """Examine shards, run folder and disk."""
+    """Check shards, run folder and disk."""
     if config is None:
         return [
             Finding(check=check, fit=None, found="name a recipe to have it examined")
@@ -188,22 +189,22 @@ def examine_files(
     elif not config.data.train:
         shards = Finding(check="shards", fit=False, found="the recipe names none", cure="data.train=FOLDER")
     else:
-        answers = rendezvous.gather(asdict(read_shards(config, rendezvous.place, seconds=seconds)))
-        shards = judge_shards(
+        answers = rendezvous.gather(asdict(read_shards(config, rendezvous.launch, seconds=seconds)))
+        shards = check_shards(
             [ShardReading(**answer) for answer in answers], hosts,
             needed_images_per_second=need.images_per_second, basis=need.basis,
         )  # fmt: skip
     folder = Path(config.run.dir or f"runs/{config.recipe}")
     probes = probe_folder(folder, rendezvous)
     saved = need.saved_bytes if need else None
-    return [shards, judge_run_folder(probes, hosts, folder=str(folder)), judge_disk(probes, needed_bytes=saved)]
+    return [shards, check_run_folder(probes, hosts, folder=str(folder)), check_disk(probes, needed_bytes=saved)]
 
 
-def read_shards(config: Config, place: Place, *, seconds: float) -> ShardReading:
+def read_shards(config: Config, launch: LaunchEnvironment, *, seconds: float) -> ShardReading:
     """Open the training shards as a run would and read batches for some seconds."""
     workers = config.data.workers
     try:
-        loader = build_train_loader(config, rank=place.rank, world_size=place.world_size)
+        loader = build_train_loader(config, rank=launch.rank, world_size=launch.world_size)
         fingerprint = fingerprint_shards(loader.shards.names, loader.lengths)
         rate = time_reading(loader, seconds=seconds)
     except (ValueError, OSError) as error:

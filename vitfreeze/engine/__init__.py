@@ -1,7 +1,7 @@
 """DeepSpeed, and the parameter groups that implement FreezeOut. The only room that imports deepspeed."""
 
 from vitfreeze.engine.freezing import EngineState, FreezeEvent, FreezingEngine
-from vitfreeze.engine.processes import Processes, join_processes
+from vitfreeze.engine.launch import join_ranks
 from vitfreeze.engine.settings import DeepSpeedSettings, best_ds_config, read_settings
 from vitfreeze.engine.slices import STATE_KEYS, GroupState, SliceReader
 
@@ -12,9 +12,8 @@ __all__ = [
     "FreezeEvent",
     "FreezingEngine",
     "GroupState",
-    "Processes",
     "SliceReader",
     "best_ds_config",
-    "join_processes",
+    "join_ranks",
     "read_settings",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitfreeze.config import check_argument
 from vitfreeze.engine.slices import GroupState
+from vitfreeze.ranks import Ranks
 
 
 class ChangeMeter:
@@ -27,15 +28,13 @@ class ChangeMeter:
         self._weights: dict[str, Tensor] = {}
         self._norms: Tensor | None = None
 
-    def read(
-        self, groups: Mapping[str, tuple[int, GroupState]], *, device: torch.device
-    ) -> tuple[float | None, ...] | None:
+    def read(self, groups: Mapping[str, tuple[int, GroupState]], *, ranks: Ranks) -> tuple[float | None, ...] | None:
         """Return the change of every layer, None for those that have no group; None in all at the first reading.
 
         `groups` holds, for every group of a layer that trains, that layer and this rank's share of the group. Every
         rank must read at the same step.
         """
-        change, size = self._sums(groups, device=device)
+        change, size = self._sums(groups, ranks=ranks)
         if change is None:
             return None
         ratios, trained = [float(value) for value in change / size], {layer for layer, _ in groups.values()}
@@ -52,10 +51,8 @@ class ChangeMeter:
         self._norms = moved.pop("norms", None)
         self._weights = {name.removeprefix("weights/"): value for name, value in moved.items()}
 
-    def _sums(
-        self, groups: Mapping[str, tuple[int, GroupState]], *, device: torch.device
-    ) -> tuple[Tensor | None, Tensor]:
-        squares = torch.zeros(2, self.num_layers, device=device)
+    def _sums(self, groups: Mapping[str, tuple[int, GroupState]], *, ranks: Ranks) -> tuple[Tensor | None, Tensor]:
+        squares = torch.zeros(2, self.num_layers, device=ranks.device)
         before, self._weights = self._weights, {}
         for name, (layer, group) in groups.items():
             if self.measure == "gradient":
@@ -66,7 +63,7 @@ class ChangeMeter:
             if name in before:
                 squares[0, layer] += (weights - before[name]).square().sum()
                 squares[1, layer] += before[name].square().sum()
-        torch.distributed.all_reduce(squares)
+        squares = ranks.sum(squares)
         if self.measure == "weight":
             return (squares[0].sqrt() if before else None), squares[1].sqrt()
         norms, previous = squares[1].sqrt(), self._norms

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vitfreeze.architecture import count_layers
 from vitfreeze.config import ConfigError, FreezeConfig, OptimConfig, check_argument
 from vitfreeze.engine.change import ChangeMeter
-from vitfreeze.engine.processes import check_version, join_processes
+from vitfreeze.engine.launch import check_version, join_ranks
 from vitfreeze.engine.session import EngineSession, OptimizerStates
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.engine.slices import GroupState, SliceReader
@@ -108,7 +108,7 @@ class FreezingEngine:
                 self.settings.source,
                 accumulation,
             )
-        self.processes = join_processes()
+        self.ranks = join_ranks()
         self.module = model.to(self.device)
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self._adam = {"betas": tuple(betas), "eps": eps}
@@ -137,17 +137,17 @@ class FreezingEngine:
     @property
     def device(self) -> torch.device:
         """The device of this rank."""
-        return self.processes.device
+        return self.ranks.device
 
     @property
     def rank(self) -> int:
         """Number of this process."""
-        return self.processes.rank
+        return self.ranks.rank
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.processes.world_size
+        return self.ranks.world_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,11 +284,11 @@ class FreezingEngine:
             )
 
     def _agree(self, frozen_layers: int) -> None:
-        mine = torch.tensor([frozen_layers, -frozen_layers], device=self.device)
-        torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
-        highest, lowest = int(mine[0]), -int(mine[1])
-        if highest != lowest:
-            raise ValueError(f"ranks disagree: between {lowest} and {highest} frozen layers, here {frozen_layers}")
+        everyone = self.ranks.gather(frozen_layers)
+        if len(set(everyone)) > 1:
+            raise ValueError(
+                f"ranks disagree: between {min(everyone)} and {max(everyone)} frozen layers, here {frozen_layers}"
+            )
 
     def _drop_is_due(self, step: int) -> bool:
         return self._last_drop_step is None or step - self._last_drop_step >= self._min_steps_between_drops
@@ -345,7 +345,7 @@ class FreezingEngine:
             self.module,
             plans=plans,
             settings=self.settings,
-            processes=self.processes,
+            ranks=self.ranks,
             adam=self._adam,
             weight_decay=self._weight_decay,
             micro_batch=self.micro_batch,
@@ -456,7 +456,7 @@ class FreezingEngine:
         """
         if self._change_meter is None or self._change_meter.measure != measure:
             self._change_meter = ChangeMeter(measure, num_layers=self._num_layers)
-        return self._change_meter.read(self._read_layers(), device=self.device)
+        return self._change_meter.read(self._read_layers(), ranks=self.ranks)
 
     def change_state(self) -> dict[str, Tensor]:
         """Return what this rank needs to go on measuring changes after a resume; nothing if it measures none."""
@@ -467,19 +467,6 @@ class FreezingEngine:
         if state:
             self._change_meter = ChangeMeter(measure, num_layers=self._num_layers)
             self._change_meter.load_state(state, device=self.device)
-
-    def mean_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Return the mean of each value over all ranks, on every rank."""
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        total = total.to(self.device)
-        torch.distributed.all_reduce(total)
-        return [float(value) for value in total / self.world_size]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return what every rank gave, by rank, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
 
     def synchronize(self) -> None:
         """Wait for the device, so that time can be measured."""

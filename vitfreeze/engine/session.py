@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from vitfreeze.engine.processes import Processes
 from vitfreeze.engine.settings import DeepSpeedSettings, complete_settings
 from vitfreeze.engine.slices import GroupState, Segment, SliceReader, create_moments, read_group, segments, write_group
 from vitfreeze.engine.units import GroupPlan
+from vitfreeze.ranks import Ranks
 
 COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -67,7 +67,7 @@ class EngineSession:
         *,
         plans: tuple[GroupPlan, ...],
         settings: DeepSpeedSettings,
-        processes: Processes,
+        ranks: Ranks,
         adam: Mapping[str, Any],
         weight_decay: float,
         micro_batch: int,
@@ -76,7 +76,7 @@ class EngineSession:
     ) -> None:
         self.plans = plans
         self.settings = settings
-        self.processes = processes
+        self.ranks = ranks
         parameters = dict(model.named_parameters())
         groups = [
             {
@@ -91,7 +91,7 @@ class EngineSession:
             settings,
             micro_batch=micro_batch,
             accumulation=accumulation,
-            world_size=processes.world_size,
+            world_size=ranks.world_size,
             active_elements=sum(plan.numel for plan in plans),
         )
         self._shell = _Shell(model)
@@ -121,12 +121,12 @@ class EngineSession:
 
     def segments(self, plan: GroupPlan, group: dict[str, Any]) -> list[Segment]:
         """Return the pieces of a group's flat tensor that this rank holds."""
-        return list(segments(plan, group, partitioned=self.is_partitioned, rank=self.processes.rank))
+        return list(segments(plan, group, partitioned=self.is_partitioned, rank=self.ranks.rank))
 
     def read(self, plan: GroupPlan, group: dict[str, Any]) -> GroupState:
         """Return this rank's share of a group's state."""
         return read_group(
-            self.optimizer, plan, self.segments(plan, group), share=None if self.is_partitioned else self.processes
+            self.optimizer, plan, self.segments(plan, group), share=None if self.is_partitioned else self.ranks
         )
 
     def write(self, read: SliceReader, steps: Mapping[str, int]) -> None:

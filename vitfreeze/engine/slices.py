@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from vitfreeze.engine.processes import Processes
 from vitfreeze.engine.units import GroupPlan
+from vitfreeze.ranks import Ranks
 
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 SliceReader = Callable[[str, str, int, int], Tensor]
@@ -73,7 +73,7 @@ def create_moments(optimizer: AdamW) -> None:
             }
 
 
-def read_group(optimizer: AdamW, plan: GroupPlan, parts: list[Segment], *, share: Processes | None) -> GroupState:
+def read_group(optimizer: AdamW, plan: GroupPlan, parts: list[Segment], *, share: Ranks | None) -> GroupState:
     """Return a rank's share of a group.
 
     `share` is given when every rank holds the whole group: each then returns an equal part, so that no element is

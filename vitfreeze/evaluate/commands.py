@@ -9,12 +9,13 @@ from pathlib import Path
 
 from vitfreeze.config import Config, FinetuneConfig
 from vitfreeze.data import open_split
-from vitfreeze.engine import Processes, join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.evaluate.features import Features, extract_block_features, gather_features
 from vitfreeze.evaluate.knn import knn_over_ranks
 from vitfreeze.evaluate.linear import LinearResult, LinearSettings, find_best, train_linear
 from vitfreeze.evaluate.visual import draw_figure, make_panels, read_images, save_figure
 from vitfreeze.pretrained import Pretrained, build_encoder, read_pretrained
+from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
 
@@ -29,7 +30,7 @@ class EvaluationData:
         all_blocks: judge every block.
         global_pool: avg or token.
         limit: images per split and rank; None: all.
-        workers: decoding processes.
+        workers: decoding ranks.
     """
 
     train: tuple[str, ...] = ()
@@ -41,42 +42,42 @@ class EvaluationData:
     workers: int | None = None
 
 
-def evaluate_knn(place: str, data: EvaluationData, *, k: Sequence[int] = (10, 20)) -> dict[int, dict[int, float]]:
+def evaluate_knn(location: str, data: EvaluationData, *, k: Sequence[int] = (10, 20)) -> dict[int, dict[int, float]]:
     """Return, by block and number of neighbours, the top-1 accuracy from 0 to 1.
 
     Args:
-        place: what `read_pretrained` takes.
+        location: what `read_pretrained` takes.
         data: images and blocks.
         k: numbers of neighbours.
 
     Raises:
         ValueError: weights or shards that cannot be used.
     """
-    processes = join_processes()
-    splits = _extract_splits(place, data, processes=processes)
-    return {block: knn_over_ranks(train, test, k=k, device=processes.device) for block, train, test in splits}
+    ranks = join_ranks()
+    splits = _extract_splits(location, data, ranks=ranks)
+    return {block: knn_over_ranks(train, test, k=k, ranks=ranks) for block, train, test in splits}
 
 
 def evaluate_linear(
-    place: str, data: EvaluationData, *, settings: LinearSettings | None = None
+    location: str, data: EvaluationData, *, settings: LinearSettings | None = None
 ) -> dict[int, list[LinearResult]]:
     """Return, by block, what a linear classifier reached with every learning rate; arguments as `evaluate_knn`."""
-    processes = join_processes()
+    ranks = join_ranks()
     results = {}
-    for block, train, test in _extract_splits(place, data, processes=processes):
+    for block, train, test in _extract_splits(location, data, ranks=ranks):
         results[block] = train_linear(
-            gather_features(train), gather_features(test), settings=settings, device=processes.device
+            gather_features(train, ranks), gather_features(test, ranks), settings=settings, ranks=ranks
         )
         best = find_best(results[block])
         logger.info("block %d: %.2f %% top-1 with blr %g", block, 100 * best.top1, best.blr)
     return results
 
 
-def show_images(place: str, paths: Sequence[Path], *, blocks: Sequence[int] = (), seed: int = 0, out: Path) -> Path:
+def show_images(location: str, paths: Sequence[Path], *, blocks: Sequence[int] = (), seed: int = 0, out: Path) -> Path:
     """Draw what a pre-trained model reconstructs of image files, and where its class token looks; return `out`.
 
     Args:
-        place: a run or a LocalMIM .pth; other weights have no heads.
+        location: a run or a LocalMIM .pth; other weights have no heads.
         paths: image files.
         blocks: 1-based blocks whose attention is shown; the last by default.
         seed: of the masks.
@@ -87,9 +88,9 @@ def show_images(place: str, paths: Sequence[Path], *, blocks: Sequence[int] = ()
     """
     if out.suffix != ".png":
         raise ValueError(f"--out is {str(out)!r}, expected a name that ends in .png")
-    pretrained = read_pretrained(place)
+    pretrained = read_pretrained(location)
     if not any(name.startswith("heads.0.decoder") for name in pretrained.weights):
-        raise ValueError(f"{place} has no heads that predict HOG: give a pre-training run or LocalMIM's .pth")
+        raise ValueError(f"{location} has no heads that predict HOG: give a pre-training run or LocalMIM's .pth")
     model = build_encoder(pretrained)
     frozen_layers = pretrained.checkpoint.frozen_layers if pretrained.checkpoint else 0
     images = read_images(paths, img_size=model.img_size)
@@ -97,23 +98,19 @@ def show_images(place: str, paths: Sequence[Path], *, blocks: Sequence[int] = ()
     return save_figure(draw_figure(panels, title=pretrained.origin), out)
 
 
-def _extract_splits(
-    place: str, data: EvaluationData, *, processes: Processes
-) -> Iterator[tuple[int, Features, Features]]:
+def _extract_splits(location: str, data: EvaluationData, *, ranks: Ranks) -> Iterator[tuple[int, Features, Features]]:
     """Yield every block with the features of this rank's training and validation images."""
-    pretrained = read_pretrained(place)
+    pretrained = read_pretrained(location)
     if not pretrained.is_finished:
         logger.warning("the run has not finished: these are its weights after %s", pretrained.origin)
-    model = build_encoder(pretrained).to(processes.device)
+    model = build_encoder(pretrained).to(ranks.device)
     blocks = tuple(range(1, model.depth + 1)) if data.all_blocks else data.blocks or (model.depth,)
     config = _choose_data(pretrained, data)
     found = []
     for split in ("train", "validation"):
-        loader = open_split(config, split, rank=processes.rank, world_size=processes.world_size)
-        if loader.num_samples < processes.world_size:
-            raise ValueError(
-                f"{processes.world_size} ranks have too little to do with {loader.num_samples} {split} images"
-            )
+        loader = open_split(config, split, rank=ranks.rank, world_size=ranks.world_size)
+        if loader.num_samples < ranks.world_size:
+            raise ValueError(f"{ranks.world_size} ranks have too little to do with {loader.num_samples} {split} images")
         logger.info("features of %d %s images of %s", loader.num_samples, split, pretrained.origin)
         found.append(
             extract_block_features(

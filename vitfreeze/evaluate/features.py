@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitfreeze.config import FinetuneConfig, check_argument
 from vitfreeze.data import Batch, normalize
 from vitfreeze.model import LocalMIM
+from vitfreeze.ranks import Ranks
 
 
 class Features(NamedTuple):
@@ -98,27 +98,9 @@ def extract_block_features(
     return {block: Features(torch.cat(rows[block]), torch.cat(labels)) for block in blocks}
 
 
-def gather_features(features: Features) -> Features:
-    """Return the features of all ranks in the order of the ranks, on every rank; alone, they are those given."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return features
-    return Features(*(_gather_rows(tensor) for tensor in features))
-
-
-def _gather_rows(rows: Tensor) -> Tensor:
-    """Join (N_r, ...) tensors of all ranks, whose lengths may differ, into (sum of N_r, ...)."""
-    gpu = torch.distributed.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    world_size = torch.distributed.get_world_size()
-    mine = torch.tensor([len(rows)], device=device)
-    lengths = [torch.empty_like(mine) for _ in range(world_size)]
-    torch.distributed.all_gather(lengths, mine)
-    counts = [int(length) for length in lengths]
-    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows.to(device)
-    parts = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[:count].cpu() for part, count in zip(parts, counts, strict=True)])
+def gather_features(features: Features, ranks: Ranks) -> Features:
+    """Return the features of all ranks in the order of the ranks, on every rank."""
+    return Features(*(torch.cat(ranks.gather_rows(tensor)) for tensor in features))
 
 
 def _check_labels(batch: Batch, count: int) -> Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitfreeze.evaluate.features import Features, gather_features
+from vitfreeze.ranks import Ranks
 
 BANK_CHUNK = 32768  # 512 queries x 32768 training images x 4 bytes = 64 MiB of similarities at a time
 
@@ -83,7 +83,7 @@ def count_correct(
     return correct
 
 
-def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], device: torch.device) -> dict[int, float]:
+def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], ranks: Ranks) -> dict[int, float]:
     """Return the top-1 accuracy, from 0 to 1, over the test images of all ranks.
 
     Every rank gets all training features, and classifies its own test images.
@@ -91,17 +91,14 @@ def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], device:
     Args:
         train, test: features of this rank's images.
         k: numbers of neighbours.
-        device: where to compute, and where ranks add up.
+        ranks: who add up, each on its device.
 
     Raises:
         ValueError: as `knn_accuracy`.
     """
-    bank = gather_features(train)
-    correct = count_correct(bank.features, bank.labels, test.features, test.labels, k=k, device=device)
-    totals = torch.tensor([*correct.values(), len(test.labels)], dtype=torch.float64, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(totals)
-    *hits, images = totals.tolist()
+    bank = gather_features(train, ranks)
+    correct = count_correct(bank.features, bank.labels, test.features, test.labels, k=k, device=ranks.device)
+    *hits, images = ranks.sum(torch.tensor([*correct.values(), len(test.labels)])).tolist()
     return {count: hit / images for count, hit in zip(correct, hits, strict=True)}
 
 
@@ -117,7 +114,7 @@ def _find_nearest(queries_MD: Tensor, bank_ND: Tensor, *, k: int, chunk: int) ->
         part_ND = F.normalize(bank_ND[start : start + BANK_CHUNK].to(device, torch.float32), dim=1)
         found = [(queries_QD @ part_ND.T).topk(min(k, len(part_ND)), dim=1) for queries_QD in queries_MD.split(chunk)]
         joined = torch.cat([best_MK, torch.cat([values for values, _ in found])], dim=1)
-        numbers = torch.cat([index_MK, torch.cat([places for _, places in found]) + start], dim=1)
+        numbers = torch.cat([index_MK, torch.cat([indices for _, indices in found]) + start], dim=1)
         best_MK, kept = joined.topk(min(k, joined.shape[1]), dim=1)
         index_MK = numbers.gather(1, kept)
     return best_MK, index_MK

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitfreeze.evaluate.features import Features
+from vitfreeze.ranks import Ranks
 
 OPTIMIZERS = ("lars", "sgd")
 # Learning rates per 256 images. MAE's is 0.1 with LARS; plain SGD needs smaller ones.
@@ -86,42 +86,33 @@ def train_linear(
     *,
     num_classes: int | None = None,
     settings: LinearSettings | None = None,
-    device: torch.device | None = None,
+    ranks: Ranks | None = None,
 ) -> list[LinearResult]:
     """Train a classifier for every learning rate and return what each reached, in the order of the rates.
-
-    Under several ranks, given the same features, each trains its share of the rates.
 
     Args:
         train, test: features with labels.
         num_classes: number of classes; default: one more than the largest label.
         settings: how to train.
-        device: where to compute; default: where the features are.
+        ranks: who share the rates, given the same features, each on its device; default: alone, where the features are.
 
     Raises:
         ValueError: a label outside the classes, or features of different widths.
     """
     settings = settings or LinearSettings()
     num_classes = _count_classes(train, test, num_classes=num_classes)
-    rank, world_size = 0, 1
-    if torch.distributed.is_initialized():
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ranks = ranks or Ranks.alone(train.features.device)
     rates = settings.learning_rates
-    mine = list(range(rank, len(rates), world_size))
+    mine = list(range(ranks.rank, len(rates), ranks.world_size))
     table_R3 = torch.zeros(len(rates), 3, dtype=torch.float64)
     if mine:
         chosen = [rates[index] for index in mine]
-        sweep = _Sweep(train, num_classes=num_classes, rates=chosen, settings=settings, device=device)
+        sweep = _Sweep(train, num_classes=num_classes, rates=chosen, settings=settings, device=ranks.device)
         losses = sweep.train()
         table_R3[mine] = torch.stack([*sweep.test(test), losses], dim=1)
-    if world_size > 1:
-        place = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
-        shared = table_R3.to(place)
-        torch.distributed.all_reduce(shared)
-        table_R3 = shared.cpu()
     return [
         LinearResult(blr=rate, top1=top1, top5=top5, loss=loss)
-        for rate, (top1, top5, loss) in zip(rates, table_R3.tolist(), strict=True)
+        for rate, (top1, top5, loss) in zip(rates, ranks.sum(table_R3).tolist(), strict=True)
     ]
 
 
@@ -149,9 +140,9 @@ class _Sweep:
         num_classes: int,
         rates: Sequence[float],
         settings: LinearSettings,
-        device: torch.device | None,
+        device: torch.device,
     ) -> None:
-        self.device = device or train.features.device
+        self.device = device
         self.settings = settings
         self.train_set = train
         self.batch_size = max(1, min(settings.batch_size, len(train.labels) // 8))
@@ -172,11 +163,11 @@ class _Sweep:
         generator = torch.Generator().manual_seed(settings.seed)
         losses_R = torch.zeros(len(self.rates_R), device=self.device)
         for step in range(total):
-            place = step % steps_per_epoch
-            if place == 0:
+            batch = step % steps_per_epoch
+            if batch == 0:
                 order_N = torch.randperm(count, generator=generator)
                 losses_R.zero_()
-            chosen_B = order_N[place * self.batch_size : (place + 1) * self.batch_size]
+            chosen_B = order_N[batch * self.batch_size : (batch + 1) * self.batch_size]
             losses_R += self._take_step(chosen_B, factor=_cosine(step, total=total, warmup=warmup)) / steps_per_epoch
         return losses_R.double().cpu()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
 
 from vitfreeze.config import Config
 from vitfreeze.data import Batch, open_split
 from vitfreeze.evaluate.features import Features, extract_features
 from vitfreeze.evaluate.knn import knn_over_ranks
 from vitfreeze.model import LocalMIM
+from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
 
@@ -22,21 +22,12 @@ class Probe:
 
     Args:
         config: the run's settings.
-        rank, world_size: which share of the images is this process's.
-        mean_over_ranks: averages numbers over the ranks, so that all of them skip a probe together.
+        ranks: who share the images, and skip a probe together.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        rank: int,
-        world_size: int,
-        mean_over_ranks: Callable[[Sequence[float]], Sequence[float]],
-    ) -> None:
+    def __init__(self, config: Config, *, ranks: Ranks) -> None:
         self.config = config
-        self._rank, self._world_size = rank, world_size
-        self._mean_over_ranks = mean_over_ranks
+        self._ranks = ranks
         self._images: dict[str, list[Batch]] = {}
         self._limit: dict[str, int] = {}
         self._started = time.perf_counter()
@@ -63,7 +54,7 @@ class Probe:
         first = not self._images
         train, test = (self._extract(model, split) for split in ("train", "validation"))
         k = self.config.eval.k
-        accuracy = knn_over_ranks(train, test, k=(k,), device=model.cls_token.device)[k]
+        accuracy = knn_over_ranks(train, test, k=(k,), ranks=self._ranks)[k]
         seconds = time.perf_counter() - begin
         self._spent_seconds += seconds
         self._last_seconds = 0.0 if first else seconds  # the first one decodes, and says little of the next
@@ -78,13 +69,13 @@ class Probe:
         elapsed = time.perf_counter() - self._started
         ahead = (self._spent_seconds + self._last_seconds) / max(elapsed + self._last_seconds, 1e-9)
         # The clocks of the ranks differ; the mean does not.
-        return not self._images or self._mean_over_ranks([ahead])[0] <= self.config.eval.max_share
+        return not self._images or self._ranks.mean([ahead])[0] <= self.config.eval.max_share
 
     def _extract(self, model: LocalMIM, split: str) -> Features:
         """Return the features of this rank's share of the first `eval.samples` images of a split."""
         if split not in self._images:
-            loader = open_split(self.config, split, rank=self._rank, world_size=self._world_size)
-            wanted = -(-min(self.config.eval.samples, loader.num_samples) // self._world_size)
+            loader = open_split(self.config, split, rank=self._ranks.rank, world_size=self._ranks.world_size)
+            wanted = -(-min(self.config.eval.samples, loader.num_samples) // self._ranks.world_size)
             kept: list[Batch] = []
             for batch in loader:
                 kept.append(batch)

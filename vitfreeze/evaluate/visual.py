@@ -112,8 +112,8 @@ def _strokes(nbins: int, pixels: int) -> Tensor:
 
     A bin holds the angle between the gradient and the vertical, and an edge is at right angles to its gradient.
     """
-    place = torch.arange(pixels) - (pixels - 1) / 2
-    down, right = torch.meshgrid(place, place, indexing="ij")
+    offset = torch.arange(pixels) - (pixels - 1) / 2
+    down, right = torch.meshgrid(offset, offset, indexing="ij")
     angle = (torch.arange(nbins) + 0.5) * math.pi / nbins
     # The gradient points to (right, down) = (sin, cos): that is the distance from the edge through the middle.
     distance = right * angle.sin()[:, None, None] + down * angle.cos()[:, None, None]

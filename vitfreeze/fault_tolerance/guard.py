@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,15 +25,6 @@ logger = logging.getLogger("vitfreeze")
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved on request, the same command goes on
 EXIT_HUNG = 79  # no step ended; the same command goes on from the newest checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What all ranks have agreed to do at the end of a step."""
-
-    stop: bool
-    save: bool
-    failed_ranks: tuple[int, ...]
 
 
 class RunGuard:
@@ -62,20 +52,20 @@ class RunGuard:
         self.config, self.engine, self.reporter = config, engine, reporter
         self.saves, self.total_steps = saves, total_steps
         self._save_state = save_state
-        rank, world_size = engine.rank, engine.world_size
-        self.writer = CheckpointWriter(directory, keep=config.checkpoint.keep, rank=rank, world_size=world_size)
+        self.writer = CheckpointWriter(directory, keep=config.checkpoint.keep, ranks=engine.ranks)
         self.signals = StopSignals()
         self.losses = LossGuard(
             directory,
-            rank=rank,
+            rank=engine.rank,
             max_skipped_steps=config.run.max_skipped_steps,
             forgives_skipped=engine.dtype == torch.float16,
         )
         self.watchdog = Watchdog(
-            directory, rank=rank, minutes=config.run.watchdog_minutes, exit_status=EXIT_HUNG, on_hang=self._log_hang
-        )
+            directory, rank=engine.rank, minutes=config.run.watchdog_minutes, exit_status=EXIT_HUNG,
+            on_hang=self._log_hang,
+        )  # fmt: skip
         # Small answers on the CPU, so that agreeing on them never waits for the device.
-        self._group: Any = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
+        self._ranks = engine.ranks.on_cpu()
         self._parts = ExitStack()
 
     def __enter__(self) -> RunGuard:
@@ -100,36 +90,36 @@ class RunGuard:
             self.reporter.log_event("skipped", done - 1, loss_scale=self.engine.loss_scale)
         # While steps are being skipped the weights may be spoiled already, and older checkpoints are worth more.
         saves_now = self.saves.is_due(done) and not self.writer.is_busy and not self.losses.skipped_in_a_row
-        orders = self._agree(stop=bool(self.signals.received), save=saves_now)
-        if orders.save or orders.stop or last:
+        stop, save = self._agree(stop=bool(self.signals.received), save=saves_now)
+        if save or stop or last:
             # What is saved must be sound, so here, and only here, the last step is judged, too.
             self._agree(include_last=True)
         self._log_save(self.writer.poll())
-        if orders.save or orders.stop or last:
-            self._save(done, wait=orders.stop or last)
-        stops = orders.stop and not last
+        if save or stop or last:
+            self._save(done, wait=stop or last)
+        stops = stop and not last
         if stops:
             name = self.signals.received or "another rank's signal"
             self.reporter.log_event("stop", done, message=f"step {done}: stopped by {name}", signal=name)
         self.watchdog.beat(done)
         return stops
 
-    def _agree(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> Orders:
-        """Tell all ranks what this one wants; rank 0's clock decides about saving, any rank may stop the run."""
+    def _agree(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> tuple[bool, bool]:
+        """Return whether to stop and whether to save; rank 0's clock decides about saving, any rank may stop the run.
+
+        Raises:
+            RunFailedError: a rank found a loss that is not finite, or too many steps in a row were skipped.
+        """
+        rank, failures = self._ranks.rank, [0] * self._ranks.world_size  # by rank: the failed step, from 1
         failure = self.losses.find_failure(include_last=include_last)
-        rank, world_size = self.engine.rank, self.engine.world_size
-        flags = torch.zeros(2 + world_size, dtype=torch.int64)
-        flags[0], flags[1] = stop, save and rank == 0
-        flags[2 + rank] = 0 if failure is None else failure + 1
-        if self._group is not None:
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        wants_stop, wants_save, *failures = flags.tolist()
-        failed_ranks = tuple(number for number, step in enumerate(failures) if step)
+        failures[rank] = 0 if failure is None else failure + 1
+        wants_stop, wants_save, *failures = self._ranks.max([stop, save and rank == 0, *failures])
+        failed_ranks = [number for number, step in enumerate(failures) if step]
         if failed_ranks or self.losses.has_skipped_too_often:
             self._fail(failed_ranks, step=max(failures) - 1 if failed_ranks else None)
-        return Orders(stop=bool(wants_stop), save=bool(wants_save), failed_ranks=failed_ranks)
+        return bool(wants_stop), bool(wants_save)
 
-    def _fail(self, failed_ranks: tuple[int, ...], *, step: int | None) -> None:
+    def _fail(self, failed_ranks: Sequence[int], *, step: int | None) -> None:
         """Write what this rank knows, and end the run with the checkpoints that it has."""
         if step is None or self.engine.rank in failed_ranks:
             self.losses.describe(step)

@@ -13,14 +13,15 @@ import torch
 from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.data.augmentation import Transform
-from vitfreeze.engine import FreezingEngine, Processes, best_ds_config, read_settings
+from vitfreeze.engine import FreezingEngine, best_ds_config, read_settings
 from vitfreeze.model import Classifier, LocalMIM
-from vitfreeze.rendezvous import Place, Rendezvous, join_timeout, run_facts
+from vitfreeze.ranks import LaunchEnvironment, Ranks
+from vitfreeze.rendezvous import Rendezvous, join_timeout, run_facts
 
 
 def open_training(
     config: Config,
-    processes: Processes,
+    ranks: Ranks,
     *,
     transform: Transform | None = None,
     num_classes: int | None = None,
@@ -36,19 +37,18 @@ def open_training(
         ShardError: the shards cannot be read.
         ClusterError: either of them on some ranks only, or ranks with other software, settings or shards.
     """
-    rank, world_size = processes.rank, processes.world_size
 
     def open_all() -> tuple[TrainLoader, Mapping[str, Any]]:
         loader = build_train_loader(
-            config, rank=rank, world_size=world_size, transform=transform, num_classes=num_classes
-        )  # fmt: skip
-        settings = read_settings(read_ds_config(config, processes.device))
+            config, rank=ranks.rank, world_size=ranks.world_size, transform=transform, num_classes=num_classes
+        )
+        settings = read_settings(read_ds_config(config, ranks.device))
         check_data(loader)
         return loader, settings.content
 
-    if world_size == 1:
+    if ranks.world_size == 1:
         return open_all()[0]
-    rendezvous = Rendezvous("start", place=Place.from_environment(), timeout=join_timeout())
+    rendezvous = Rendezvous("start", launch=LaunchEnvironment.read(), timeout=join_timeout())
     with rendezvous.raise_on_all_ranks():
         loader, ds_config = open_all()
     rendezvous.check_agreement(
@@ -77,13 +77,13 @@ def build_model(config: Config) -> LocalMIM:
 
 
 def build_engine(
-    config: Config, processes: Processes, *, frozen_layers: int, model: LocalMIM | Classifier | None = None
+    config: Config, ranks: Ranks, *, frozen_layers: int, model: LocalMIM | Classifier | None = None
 ) -> FreezingEngine:
     """Wrap a model, by default a new one, in the DeepSpeed engine, with the first `frozen_layers` layers frozen."""
-    micro_batch, accumulation = derive_accumulation(config, world_size=processes.world_size)
+    micro_batch, accumulation = derive_accumulation(config, world_size=ranks.world_size)
     return FreezingEngine(
         model or build_model(config),
-        ds_config=read_ds_config(config, processes.device),
+        ds_config=read_ds_config(config, ranks.device),
         micro_batch=micro_batch,
         accumulation=accumulation,
         frozen_layers=frozen_layers,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, Duration
-from vitfreeze.data import TrainLoader, merge_reports
+from vitfreeze.data import EpochReport, TrainLoader, merge_reports
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import EncoderCosts, costs_of
@@ -57,7 +57,7 @@ class Run:
 
     def read_meter(self) -> dict[str, Any]:
         """Return what the steps since the last reading measured, and start again; every rank takes part."""
-        return self.meter.read(self.engine.mean_over_ranks)
+        return self.meter.read(self.engine.ranks)
 
     def evaluate(self) -> dict[str, float]:
         """Return what the model is worth; the time that it takes is not charged to the steps."""
@@ -100,7 +100,8 @@ class Run:
     def log_epochs(self, done: int) -> None:
         """Add up what the ranks could not use of the epochs that have ended; raises ShardError when it was too much."""
         for mine in self.loader.take_reports():
-            whole = merge_reports(self.engine.gather(mine), max_bad_fraction=self.config.data.max_bad_fraction)
+            reports = [EpochReport.from_json(facts) for facts in self.engine.ranks.gather(asdict(mine))]
+            whole = merge_reports(reports, max_bad_fraction=self.config.data.max_bad_fraction)
             skipped = [asdict(sample) for sample in whole.skipped]
             counts = dict(whole.skipped_per_shard)
             self.reporter.log_event(

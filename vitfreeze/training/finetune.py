@@ -16,7 +16,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -30,6 +29,7 @@ from vitfreeze.export import export_run
 from vitfreeze.model import Classifier
 from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
+from vitfreeze.ranks import Ranks
 from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.loop import run_task
@@ -152,7 +152,7 @@ class Finetuning:
         loader = open_split(
             self.config, "validation", rank=engine.rank, world_size=engine.world_size, num_classes=self.num_classes
         )
-        figures = measure_accuracy(model, loader, device=engine.device)
+        figures = measure_accuracy(model, loader, ranks=engine.ranks)
         logger.info(
             "top-1 %.2f %%, top-5 %.2f %% of %d validation images",
             100 * figures["top1"], 100 * figures["top5"], figures["images"],
@@ -191,13 +191,13 @@ def fit_positions(weights: Mapping[str, Tensor], *, model: Classifier) -> dict[s
 
 
 @torch.no_grad()
-def measure_accuracy(model: Classifier, batches: Iterable[Batch], *, device: torch.device) -> dict[str, float]:
+def measure_accuracy(model: Classifier, batches: Iterable[Batch], *, ranks: Ranks) -> dict[str, float]:
     """Return accuracies from 0 to 1 and the mean loss over the images of all ranks, each counted once.
 
     Args:
-        model: on `device`; put into evaluation mode for the time.
+        model: on this rank's device; put into evaluation mode for the time.
         batches: this rank's labelled images.
-        device: where the model is, and where ranks add up.
+        ranks: who add up.
 
     Raises:
         ValueError: there are no images.
@@ -205,21 +205,19 @@ def measure_accuracy(model: Classifier, batches: Iterable[Batch], *, device: tor
     predictors = {"": lambda images: model(images).logits}
     if model.average is not None:
         predictors["ema_"] = model.predict_with_average
-    totals = {prefix: torch.zeros(4, dtype=torch.float64, device=device) for prefix in predictors}
+    totals = {prefix: torch.zeros(4, dtype=torch.float64, device=ranks.device) for prefix in predictors}
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
-            images, labels = normalize(batch.images.to(device)), batch.labels.to(device)
+            images, labels = normalize(batch.images.to(ranks.device)), batch.labels.to(ranks.device)
             for prefix, predict in predictors.items():
                 totals[prefix] += _count_hits(predict(images), labels)
     finally:
         model.train(was_training)
     figures: dict[str, float] = {}
     for prefix, total in totals.items():
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        top1, top5, loss, images_seen = total.tolist()
+        top1, top5, loss, images_seen = ranks.sum(total).tolist()
         if not images_seen:
             raise ValueError("there is no validation image to measure the accuracy with")
         figures |= {f"{prefix}top1": top1 / images_seen, f"{prefix}top5": top5 / images_seen}

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from vitfreeze.checkpoint import SaveSchedule
 from vitfreeze.data import Batch, TrainLoader
-from vitfreeze.engine import Processes, join_processes
+from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
 from vitfreeze.planner import fit_micro_batch, format_bytes
+from vitfreeze.ranks import Ranks
 from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import ScheduledStep, build_schedule
 from vitfreeze.training.build import build_engine, open_training
@@ -33,14 +34,14 @@ def run_task(task: Task, *, fresh: bool) -> int:
     Raises:
         ConfigError: a setting cannot be used, or the run folder holds another run.
     """
-    config, processes = task.config, join_processes()
+    config, ranks = task.config, join_ranks()
     directory = Path(config.run.dir or f"runs/{config.recipe}")
     loader = open_training(
-        config, processes, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
+        config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
-    with RunFolder(directory, processes=processes):
-        start = choose_start(config, directory, fresh=fresh, processes=processes)
-        run = prepare(task, loader, processes, directory=directory, start=start)
+    with RunFolder(directory, ranks=ranks):
+        start = choose_start(config, directory, fresh=fresh, ranks=ranks)
+        run = prepare(task, loader, ranks, directory=directory, start=start)
         try:
             finished = train(run, start_step=start.step)
         except RunFailedError as error:
@@ -50,24 +51,24 @@ def run_task(task: Task, *, fresh: bool) -> int:
             run.reporter.close()
         if not finished:
             return EXIT_STOPPED
-        if processes.rank == 0:
+        if ranks.rank == 0:
             task.close(directory, run.engine)
     return 0
 
 
-def prepare(task: Task, loader: TrainLoader, processes: Processes, *, directory: Path, start: Start) -> Run:
+def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, start: Start) -> Run:
     """Build the parts of a run and bring them to where it starts."""
     config, checkpoint, meter = task.config, start.checkpoint, Meter()
     checks = read_adaptive_checks(checkpoint)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=checks)
     frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.at(0).frozen_layers
     model = task.build_model(is_new=checkpoint is None)
-    engine = build_engine(config, processes, frozen_layers=frozen_layers, model=model)
+    engine = build_engine(config, ranks, frozen_layers=frozen_layers, model=model)
     state = RunState(config=config, engine=engine, schedule=schedule, meter=meter, resumed_from=start.resumed_from)
     if checkpoint:
         state.load(checkpoint)
     reporter = Reporter(
-        directory, rank=processes.rank, start_step=start.step, total_steps=schedule.total_steps,
+        directory, rank=ranks.rank, start_step=start.step, total_steps=schedule.total_steps,
         description=task.description,
     )  # fmt: skip
     start.report(reporter)

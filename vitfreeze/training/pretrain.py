@@ -88,9 +88,7 @@ class Pretraining:
     def evaluate(self, engine: FreezingEngine) -> dict[str, float]:
         """Return the k-NN accuracy on held-out images, unless that would take too much of the time."""
         if self._probe is None:
-            self._probe = Probe(
-                self.config, rank=engine.rank, world_size=engine.world_size, mean_over_ranks=engine.mean_over_ranks
-            )
+            self._probe = Probe(self.config, ranks=engine.ranks)
         return self._probe.measure(cast(LocalMIM, engine.module))
 
     def draw(self, engine: FreezingEngine) -> Tensor | None:

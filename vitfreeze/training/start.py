@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-
-import torch
+from typing import Any
 
 from vitfreeze.checkpoint import folder
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint
 from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_config
-from vitfreeze.engine import Processes
+from vitfreeze.ranks import Ranks
 from vitfreeze.report import Reporter
 from vitfreeze.training.state import read_resumed_from
 
@@ -67,16 +65,16 @@ class RunFolder:
         ConfigError: another job trains in it.
     """
 
-    def __init__(self, directory: Path, *, processes: Processes) -> None:
+    def __init__(self, directory: Path, *, ranks: Ranks) -> None:
         self.directory = directory
-        self._processes = processes
+        self._ranks = ranks
         self._descriptor: int | None = None
 
     def __enter__(self) -> RunFolder:
-        _on_rank_0(self._lock, processes=self._processes)
+        _on_rank_0(self._lock, ranks=self._ranks)
         return self
 
-    def _lock(self) -> str:
+    def _lock(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         # A POSIX lock belongs to the process, not to the descriptor: data workers do not inherit it, and the system
         # takes it back however the process ends.
@@ -89,7 +87,6 @@ class RunFolder:
                     f"another job trains in {self.directory}; wait for its end or give another run.dir"
                 ) from None
             logger.warning("%s cannot be locked against a second job (%s)", self.directory, error)
-        return ""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,7 +95,7 @@ class RunFolder:
             os.close(self._descriptor)
 
 
-def choose_start(config: Config, directory: Path, *, fresh: bool, processes: Processes) -> Start:
+def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks) -> Start:
     """Decide on rank 0 where the run begins, tell the other ranks, and write config.yaml. All ranks call it.
 
     The cases, in this order:
@@ -114,7 +111,7 @@ def choose_start(config: Config, directory: Path, *, fresh: bool, processes: Pro
         ConfigError: cases 1 to 3, or `resume.from` names no checkpoint, or that of another run.
         CheckpointError: every checkpoint there is damaged.
     """
-    answer = json.loads(_on_rank_0(lambda: _decide(config, directory, fresh=fresh), processes=processes))
+    answer = _on_rank_0(lambda: _decide(config, directory, fresh=fresh), ranks=ranks)
     checkpoint = None
     if answer["path"]:
         # Rank 0 has compared every byte with the manifest; the others read the manifest only.
@@ -123,7 +120,7 @@ def choose_start(config: Config, directory: Path, *, fresh: bool, processes: Pro
     return Start(checkpoint=checkpoint, reason=answer["reason"], resumed_from=answer["resumed_from"])
 
 
-def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
+def _decide(config: Config, directory: Path, *, fresh: bool) -> dict[str, Any]:
     _refuse_foreign_folder(directory, config)
     holds_run = _holds_run(directory)
     if holds_run and fresh:
@@ -152,7 +149,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
         folder.set_aside(Path(damaged))
     folder.replace_durably(directory / folder.CONFIG, dump_config(config).encode())
     path, rejected = (str(chosen.path), chosen.rejected) if chosen else ("", ())
-    return json.dumps({"path": path, "rejected": rejected, "reason": reason, "resumed_from": begun_from})
+    return {"path": path, "rejected": rejected, "reason": reason, "resumed_from": begun_from}
 
 
 def _holds_run(directory: Path) -> bool:
@@ -189,33 +186,13 @@ def _open_wanted(config: Config, wanted: str) -> Checkpoint:
     return found
 
 
-def _on_rank_0(function: Callable[[], str], *, processes: Processes) -> str:
-    """Call a function on rank 0 and return its text on all ranks; what it raises for bad input is raised on all."""
-    answer: dict[str, str] = {}
-    if processes.rank == 0:
+def _on_rank_0(function: Callable[[], Any], *, ranks: Ranks) -> Any:
+    """Call a function on rank 0 and return its value on all ranks; what it raises for bad input is raised on all."""
+
+    def call() -> Any:
         try:
-            answer = {"text": function()}
-        except ConfigError as error:
-            answer = {"bad_setting": str(error)}
-        except CheckpointError as error:
-            answer = {"bad_checkpoint": str(error)}
+            return function()
         except OSError as error:
-            answer = {"bad_setting": f"run.dir cannot be used: {error}"}
-    answer = json.loads(_broadcast(json.dumps(answer), processes=processes))
-    if "bad_setting" in answer:
-        raise ConfigError(answer["bad_setting"])
-    if "bad_checkpoint" in answer:
-        raise CheckpointError(answer["bad_checkpoint"])
-    return answer["text"]
+            raise ConfigError(f"run.dir cannot be used: {error}") from error
 
-
-def _broadcast(text: str, *, processes: Processes) -> str:
-    if processes.world_size == 1:
-        return text
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(processes.device)
-    length = torch.tensor([len(data)], device=processes.device)
-    torch.distributed.broadcast(length, src=0)
-    if processes.rank:
-        data = torch.empty(int(length), dtype=torch.uint8, device=processes.device)
-    torch.distributed.broadcast(data, src=0)
-    return bytes(data.tolist()).decode()
+    return ranks.from_rank_0(call, errors=(ConfigError, CheckpointError))

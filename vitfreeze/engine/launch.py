@@ -1,4 +1,4 @@
-"""Joining the other processes of a run."""
+"""Joining the other ranks of a run, through DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,27 +6,17 @@ import io
 import logging
 import os
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from vitfreeze.gpu import check_build
-from vitfreeze.rendezvous import Place, Rendezvous, join_timeout
+from vitfreeze.ranks import LaunchEnvironment, Ranks
+from vitfreeze.rendezvous import Rendezvous, join_timeout
 
 log = logging.getLogger(__name__)
 TESTED_SERIES = "0.19."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Processes:
-    """This process among those of the run."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
 
 
 def check_version() -> None:
@@ -40,7 +30,7 @@ def check_version() -> None:
         )
 
 
-def join_processes() -> Processes:
+def join_ranks() -> Ranks:
     """Join the process group that the launcher's environment describes; without a launcher, be alone.
 
     Call it before anything else uses the accelerator. Joining twice is harmless.
@@ -49,18 +39,18 @@ def join_processes() -> Processes:
         ClusterError: some, but not all, of the launcher's variables are set, or not every rank came in time.
         ValueError: this torch has no code for a GPU.
     """
-    place = Place.from_environment()
+    launch = LaunchEnvironment.read()
     if "RANK" not in os.environ:
         alone = {
             "RANK": "0",
             "WORLD_SIZE": "1",
-            "MASTER_ADDR": place.master_addr,
-            "MASTER_PORT": str(place.master_port),
+            "MASTER_ADDR": launch.master_addr,
+            "MASTER_PORT": str(launch.master_port),
         }
         os.environ.update(alone)
     rendezvous = None  # kept until torch's own store shares the port
-    if place.world_size > 1 and not torch.distributed.is_initialized():
-        rendezvous = Rendezvous("join", place=place, timeout=join_timeout())
+    if launch.world_size > 1 and not torch.distributed.is_initialized():
+        rendezvous = Rendezvous("join", launch=launch, timeout=join_timeout())
         rendezvous.wait_for_ranks()  # torch would wait for a dead node without a word, and not name it in the end
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"] if os.environ["WORLD_SIZE"] == "1" else "0")
     accelerator = get_accelerator()
@@ -73,7 +63,7 @@ def join_processes() -> Processes:
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     log.debug("DeepSpeed said: %s", said.getvalue())
     del rendezvous
-    return Processes(
+    return Ranks(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         local_rank=local_rank,
