@@ -23,9 +23,9 @@ from vitfreeze.config import Config, load_config
 from vitfreeze.data import ReadOptions, TrainLoader
 from vitfreeze.engine import FreezingEngine, Processes
 from vitfreeze.engine.settings import read_settings
+from vitfreeze.files import read_json_lines
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import read_pretrained
-from vitfreeze.report import read_json_lines
 
 ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 DS_CONFIG = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0}

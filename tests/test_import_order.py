@@ -11,12 +11,12 @@ import vitfreeze
 
 PACKAGE = Path(vitfreeze.__file__).parent
 FLOORS = [
-    *("architecture", "config", "schedule", "planner", "report", "gpu"),
+    *("files", "text", "architecture", "config", "schedule", "planner", "report", "gpu"),
     *("model", "rendezvous", "data", "engine"),
     *("plots", "checkpoint", "pretrained", "fault_tolerance", "export", "evaluate"),
     *("training", "doctor", "bench", "cli", "__main__"),
 ]
-TORCH_FREE = {"architecture", "config", "schedule", "planner"}
+TORCH_FREE = {"files", "text", "architecture", "config", "schedule", "planner"}
 
 
 def room_of(path: Path) -> str:

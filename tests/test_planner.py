@@ -21,7 +21,6 @@ from vitfreeze.planner import (
     ModelCosts,
     StepTimes,
     compare_with_measurement,
-    format_bytes,
     format_comparison,
     format_plan,
     format_plans_side_by_side,
@@ -33,6 +32,7 @@ from vitfreeze.planner import (
 )
 from vitfreeze.planner.costs import Product, _block, _linear
 from vitfreeze.schedule import FreezeSchedule, freeze_units
+from vitfreeze.text import format_bytes
 
 SMALL = ModelSize(patch_size=16, embed_dim=192, depth=12, num_heads=3, decoder_embed_dim=128, decoder_num_heads=4)
 

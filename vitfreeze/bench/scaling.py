@@ -22,7 +22,7 @@ from vitfreeze.config import Config
 from vitfreeze.doctor.network import bus_bandwidth
 from vitfreeze.engine import FreezingEngine, join_processes
 from vitfreeze.planner import Plan, Stage, StepTimes, plan
-from vitfreeze.planner.text import format_table
+from vitfreeze.text import format_table
 from vitfreeze.training.build import build_engine, build_model
 
 DEFAULT_STAGES = 5

@@ -28,7 +28,7 @@ from vitfreeze.architecture import MODEL_SIZES, active_heads
 from vitfreeze.model import hog_targets
 from vitfreeze.model.local_mim import LAYER_NORM_EPS, LocalMIM
 from vitfreeze.planner import ModelCosts
-from vitfreeze.planner.text import format_table
+from vitfreeze.text import format_table
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}

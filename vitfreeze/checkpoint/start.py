@@ -19,6 +19,7 @@ from vitfreeze.checkpoint import folder
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint
 from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_config
 from vitfreeze.engine import Processes
+from vitfreeze.files import replace_durably
 
 logger = logging.getLogger("vitfreeze")
 
@@ -143,7 +144,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> str:
         folder.write_pointer(own.path.parent, own.path.name)
     for damaged, _ in own.rejected if own else ():
         folder.set_aside(Path(damaged))
-    folder.replace_durably(directory / folder.CONFIG, dump_config(config).encode())
+    replace_durably(directory / folder.CONFIG, dump_config(config).encode())
     path, rejected = (str(chosen.path), chosen.rejected) if chosen else ("", ())
     return json.dumps({"path": path, "rejected": rejected, "reason": reason, RESUMED_FROM: begun_from})
 

@@ -19,9 +19,9 @@ from vitfreeze.engine import FreezingEngine
 from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
 from vitfreeze.fault_tolerance.signals import StopSignals
 from vitfreeze.fault_tolerance.watchdog import Watchdog
-from vitfreeze.planner import format_bytes
 from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import RunSchedule
+from vitfreeze.text import format_bytes
 
 logger = logging.getLogger("vitfreeze")
 

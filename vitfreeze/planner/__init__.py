@@ -7,7 +7,6 @@ from vitfreeze.planner.measured import StepTimes, read_step_times
 from vitfreeze.planner.prediction import Machine, Plan, Stage, plan
 from vitfreeze.planner.targets import Target, solve_targets
 from vitfreeze.planner.text import (
-    format_bytes,
     format_comparison,
     format_plan,
     format_plans_side_by_side,
@@ -29,7 +28,6 @@ __all__ = [
     "compare_with_measurement",
     "costs_of",
     "fit_micro_batch",
-    "format_bytes",
     "format_comparison",
     "format_plan",
     "format_plans_side_by_side",

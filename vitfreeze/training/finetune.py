@@ -27,10 +27,10 @@ from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.export import export_run
+from vitfreeze.files import read_json_lines
 from vitfreeze.model import Classifier
 from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
-from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import RunSchedule
 from vitfreeze.training.loop import run_task
 from vitfreeze.training.summary import print_closing

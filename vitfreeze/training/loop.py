@@ -24,9 +24,10 @@ from vitfreeze.fault_tolerance import (
     report_start,
     schedule_state,
 )
-from vitfreeze.planner import fit_micro_batch, format_bytes
+from vitfreeze.planner import fit_micro_batch
 from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import build_schedule
+from vitfreeze.text import format_bytes
 from vitfreeze.training.build import build_engine, open_training
 from vitfreeze.training.context import Run
 from vitfreeze.training.task import Task
