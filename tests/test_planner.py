@@ -185,7 +185,8 @@ def test_parameters_are_the_published_ones(shared_dir: Path) -> None:
         size = MODEL_SIZES[name.removeprefix("MIM_")]
         costs = small_costs(size=size, img_size=224, hog_nbins=counts["hog_nbins"])
         assert costs.parameters == costs.trainable_parameters(0) == counts["trainable"]
-        assert costs.encoder_parameters == counts["encoder_with_cls"]
+        encoder = (count for name, count in costs.group_parameters.items() if not name.startswith("head_"))
+        assert sum(encoder) == counts["encoder_with_cls"]
         heads = [
             sum(count for group, count in costs.group_parameters.items() if group.startswith(f"head_{head}."))
             for head in range(4)
@@ -420,7 +421,6 @@ def test_text_and_json_hold_the_plan() -> None:
     assert "layer 11" in text
     assert "15.2% of the step time" in text
     assert "82.5 % at t_0 0.8 in 42 V100-hours" in text
-    assert json.loads(whole.to_json())["stages"][1]["first_step"] == 35_051
     assert plan(configure(data__crops_per_image=4)).steps_per_epoch == 2502
     table = format_plans_side_by_side(whole, other)
     assert "8.1%" in table

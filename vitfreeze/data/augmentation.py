@@ -48,16 +48,6 @@ class RandomCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
 
-    def __post_init__(self) -> None:
-        if self.img_size < 1:
-            raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}; it must be two shares with 0 < least <= greatest <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}; it must be two numbers with 0 < least <= greatest")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip is {self.hflip}; a probability lies between 0 and 1")
-
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         draws = random.uniform(3 + 2 * _CROP_ATTEMPTS).tolist()
         box = self.box(pixels.shape[0], pixels.shape[1], draws[1:])
@@ -99,12 +89,6 @@ class CenterCrop:
 
     img_size: int
     crop_pct: float = 0.875
-
-    def __post_init__(self) -> None:
-        if self.img_size < 1:
-            raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
 
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         height, width = pixels.shape[:2]

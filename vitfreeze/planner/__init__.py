@@ -1,6 +1,6 @@
 """What freezing will save, before training; and what it did save, after."""
 
-from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement, is_comparable
+from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement, is_comparable, quartiles
 from vitfreeze.planner.costs import ClassifierCosts, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, read_step_times
@@ -34,6 +34,7 @@ __all__ = [
     "format_targets",
     "is_comparable",
     "plan",
+    "quartiles",
     "read_step_times",
     "scaling_efficiency",
     "solve_targets",

@@ -357,11 +357,6 @@ class ModelCosts(EncoderCosts):
             no_decay += outputs
         return decay, no_decay
 
-    @property
-    def encoder_parameters(self) -> int:
-        """Number of the encoder's parameters, class token included."""
-        return sum(count for name, count in self.group_parameters.items() if not name.startswith("head_"))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierCosts(EncoderCosts):
