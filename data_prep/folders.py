@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key, number_repeated
 from data_prep.errors import InputError
-from data_prep.splits import ImageSet
+from data_prep.splits import ImageSet, choose_classes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_FOLDERS = ("train", "training")
@@ -82,11 +82,7 @@ def read_folder(root: Path, *, limit_classes: int | None) -> ImageSet:
     """
     roots, left_alone = find_split_folders(root)
     classes = list_class_folders(next(iter(roots.values())))
-    if limit_classes is not None and not 1 <= limit_classes <= len(classes):
-        raise InputError(
-            f"--limit-classes must be between 1 and {len(classes)}, the number of classes, not {limit_classes}."
-        )
-    chosen = classes[:limit_classes]
+    chosen = choose_classes(classes, limit_classes)
     splits: dict[str, Catalogue] = {}
     notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
     for split, folder in roots.items():

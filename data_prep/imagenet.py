@@ -17,7 +17,7 @@ from data_prep.devkit import WNID, DevelopmentKit
 from data_prep.errors import InputError
 from data_prep.folders import find_images, list_class_folders
 from data_prep.progress import show_progress
-from data_prep.splits import ImageSet
+from data_prep.splits import ImageSet, choose_classes
 from data_prep.workers import run_tasks
 from data_prep.writer import PRELOADED
 
@@ -85,11 +85,7 @@ def assemble(
     train: LabelledFiles | None, val: LabelledFiles | None, *, wnids: Sequence[str], limit_classes: int | None
 ) -> ImageSet:
     """Give every file its label and keep the first `limit_classes` classes."""
-    if limit_classes is not None and not 1 <= limit_classes <= len(wnids):
-        raise InputError(
-            f"--limit-classes must be between 1 and {len(wnids)}, the number of classes, not {limit_classes}."
-        )
-    classes = list(wnids[:limit_classes])
+    classes = choose_classes(wnids, limit_classes)
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     splits: dict[str, Catalogue] = {}
     notes = []

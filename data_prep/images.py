@@ -90,7 +90,7 @@ def _prepare(data: bytes, resize_shorter: int | None, quality: int) -> StoredIma
     if resize_shorter is not None and min(width, height) > resize_shorter:
         return _shrink(image, resize_shorter, quality)
     if image.format not in EXTENSIONS:
-        return _convert_to_png(image)
+        return _encode(_pixels(image), "PNG")
     # A JPEG decoded at an eighth still has every bit read, at a fraction of the time.
     image.draft(None, (max(1, width // 8), max(1, height // 8)))
     image.load()
@@ -100,15 +100,14 @@ def _prepare(data: bytes, resize_shorter: int | None, quality: int) -> StoredIma
 def _shrink(image: Image.Image, shorter: int, quality: int) -> StoredImage:
     scale = shorter / min(image.size)
     width, height = (max(shorter, round(side * scale)) for side in image.size)
-    pixels = image if image.mode == "L" else image.convert("RGB")
-    buffer = io.BytesIO()
-    pixels.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
-    return StoredImage(buffer.getvalue(), "jpg", height, width, reencoded=True)
+    return _encode(_pixels(image).resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=quality)
 
 
-def _convert_to_png(image: Image.Image) -> StoredImage:
-    width, height = image.size
-    pixels = image if image.mode == "L" else image.convert("RGB")
+def _pixels(image: Image.Image) -> Image.Image:
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def _encode(image: Image.Image, kind: str, **options: int) -> StoredImage:
     buffer = io.BytesIO()
-    pixels.save(buffer, "PNG")
-    return StoredImage(buffer.getvalue(), "png", height, width, reencoded=True)
+    image.save(buffer, kind, **options)
+    return StoredImage(buffer.getvalue(), EXTENSIONS[kind], image.height, image.width, reencoded=True)

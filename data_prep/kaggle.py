@@ -23,7 +23,8 @@ def read_kaggle(root: Path, *, limit_classes: int | None) -> ImageSet:
     Raises:
         InputError: no such layout, or a file of it is missing or damaged.
     """
-    images = next((folder for folder in _kaggle_image_folders(root) if folder.is_dir()), None)
+    folders = (root / "ILSVRC" / "Data" / "CLS-LOC", root / "Data" / "CLS-LOC")
+    images = next((folder for folder in folders if folder.is_dir()), None)
     if images is None:
         raise InputError(f"{root} is not Kaggle's layout: there is no ILSVRC/Data/CLS-LOC in it.")
     train = list_wnid_folders(images / "train") if (images / "train").is_dir() else None
@@ -34,10 +35,6 @@ def read_kaggle(root: Path, *, limit_classes: int | None) -> ImageSet:
     mapping = root / "LOC_synset_mapping.txt"
     wnids = _read_synset_mapping(mapping) if mapping.is_file() else sorted(found.wnids())
     return assemble(train, val, wnids=wnids, limit_classes=limit_classes)
-
-
-def _kaggle_image_folders(root: Path) -> list[Path]:
-    return [root / "ILSVRC" / "Data" / "CLS-LOC", root / "Data" / "CLS-LOC"]
 
 
 def _read_synset_mapping(path: Path) -> list[str]:

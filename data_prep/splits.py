@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.catalogue import Catalogue
+from data_prep.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,14 @@ class ImageSet:
     splits: dict[str, Catalogue]
     notes: Sequence[str] = ()
     drawn: bool = False
+
+
+def choose_classes(classes: Sequence[str], limit: int | None) -> list[str]:
+    """The first `limit` classes; all without a limit.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if limit is not None and not 1 <= limit <= len(classes):
+        raise InputError(f"--limit-classes must be between 1 and {len(classes)}, the number of classes, not {limit}.")
+    return list(classes[:limit])

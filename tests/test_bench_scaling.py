@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def measure(frozen: list[int] | None) -> tuple[dict[str, Any], str]:
 
     config = load_config("paper", list(SETTINGS))
     result = run_scaling_benchmark(config, frozen_layers=frozen, rounds=2, warmup_rounds=1)
-    return result.to_dict(), format_scaling_benchmark(result)
+    return asdict(result), format_scaling_benchmark(result)
 
 
 def test_holds_steps_on_two_ranks_against_the_plan() -> None:

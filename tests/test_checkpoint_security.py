@@ -23,10 +23,10 @@ from vitfreeze.config import Config, load_config
 from vitfreeze.data import ReadOptions, TrainLoader
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.engine.settings import read_settings
+from vitfreeze.files import read_json_lines
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import read_pretrained
 from vitfreeze.ranks import Ranks
-from vitfreeze.report import read_json_lines
 from vitfreeze.training.start import choose_start
 
 ALONE = Ranks.alone(torch.device("cpu"))

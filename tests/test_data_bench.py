@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_benchmark_counts_every_stage(tmp_path: Path) -> None:
         assert speed.images_per_worker_second > 0
     assert result.workers_needed == -(-12_000 // result.pipeline.images_per_core_second)
     assert (result.fallbacks, result.unusable) == (0, 0)
-    assert json.loads(json.dumps(result.to_dict()))["torchvision"]["images_per_core_second"] > 0
+    assert json.loads(json.dumps(asdict(result)))["torchvision"]["images_per_core_second"] > 0
     text = format_data_benchmark(result)
     assert "12,000 images/s needs" in text
     assert "times torchvision's" in text

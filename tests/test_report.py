@@ -7,15 +7,9 @@ from pathlib import Path
 
 import torch
 
+from vitfreeze.files import read_json_lines, trim_json_lines
 from vitfreeze.ranks import Ranks
-from vitfreeze.report import (
-    Meter,
-    Reporter,
-    WaitWatch,
-    flatten_numbers,
-    read_json_lines,
-    trim_json_lines,
-)
+from vitfreeze.report import Meter, Reporter, WaitWatch, flatten_numbers
 
 
 def test_meter_takes_means_over_micro_batches_and_starts_again() -> None:

@@ -6,20 +6,26 @@ Rooms are imported inside the subcommands, so that `vitfreeze plan` need not wai
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitfreeze import __version__
+from vitfreeze.text import format_table
 
 if TYPE_CHECKING:
+    from vitfreeze.config import Config
     from vitfreeze.evaluate import EvaluationData
 
 EXIT_BAD_INPUT = 2
 Handler = Callable[[argparse.Namespace], int]
+Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,25 +93,52 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="name of a recipe that comes with vitfreeze, or a .yaml file")
+def _add_command(
+    commands: Commands[argparse.ArgumentParser], name: str, handler: Handler, *, help: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
+    parser.add_argument("recipe", nargs=nargs, help="name of a recipe that comes with vitfreeze, or a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
 
 
-def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser], task: str, *, help: str) -> None:
-    parser = commands.add_parser(task, help=help)
+def _add_json(parser: argparse.ArgumentParser, help: str = "print JSON") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def _read_config(parsed: argparse.Namespace) -> Config:
+    from vitfreeze.config import load_config
+
+    return load_config(parsed.recipe, parsed.overrides)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_result(result: Any, text: str, *, as_json: bool) -> int:
+    """Print a dataclass as JSON, or its text, once for all ranks."""
+    if _is_first_rank():
+        print(json.dumps(asdict(result), indent=1) if as_json else text)
+    return 0
+
+
+def _add_training(commands: Commands[argparse.ArgumentParser], task: str, *, help: str) -> None:
+    parser = _add_command(commands, task, _train, help=help)
     _add_recipe(parser)
     parser.add_argument("--fresh", action="store_true", help="start a new run; refuse a folder that holds one")
-    parser.set_defaults(handler=_train)
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    from vitfreeze.config import load_config
     from vitfreeze.training.finetune import finetune
     from vitfreeze.training.pretrain import pretrain
 
     train = {"pretrain": pretrain, "finetune": finetune}[parsed.command]
-    return train(load_config(parsed.recipe, parsed.overrides), fresh=parsed.fresh)
+    return train(_read_config(parsed), fresh=parsed.fresh)
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -138,33 +171,33 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _add_knn(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("knn", help="classify validation images by their nearest training images")
+def _add_knn(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, "knn", _knn, help="classify validation images by their nearest training images")
     _add_evaluation(parser)
     parser.add_argument("--k", nargs="+", type=int, help="numbers of neighbours; default: 10 20")
-    parser.set_defaults(handler=_knn)
 
 
 def _knn(parsed: argparse.Namespace) -> int:
     from vitfreeze.evaluate import evaluate_knn
 
     found = evaluate_knn(parsed.weights, _evaluation_data(parsed), **_given(k=parsed.k))
-    if os.environ.get("RANK", "0") == "0":
-        print("block  " + "  ".join(f"{f'{k}-NN':>7}" for k in next(iter(found.values()))))
-        for block, accuracies in found.items():
-            print(f"{block:>5}  " + "  ".join(f"{100 * accuracy:>6.2f}%" for accuracy in accuracies.values()))
+    if _is_first_rank():
+        neighbours = list(next(iter(found.values())))
+        rows = [[str(block), *(f"{100 * found[block][k]:.2f}%" for k in neighbours)] for block in found]
+        print(format_table([["block", *(f"{k}-NN" for k in neighbours)], *rows]))
     return 0
 
 
-def _add_linear(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("linear", help="train linear classifiers on the features, one per learning rate")
+def _add_linear(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(
+        commands, "linear", _linear, help="train linear classifiers on the features, one per learning rate"
+    )
     _add_evaluation(parser)
     parser.add_argument("--optimizer", help="lars (MAE's, default) or sgd")
     parser.add_argument("--blr", nargs="+", type=float, default=(), help="learning rates per 256 images")
     parser.add_argument("--epochs", type=int, help="default: MAE's, as of the next two")
     parser.add_argument("--warmup-epochs", type=int)
     parser.add_argument("--batch-size", type=int)
-    parser.set_defaults(handler=_linear)
 
 
 def _linear(parsed: argparse.Namespace) -> int:
@@ -176,22 +209,24 @@ def _linear(parsed: argparse.Namespace) -> int:
     )  # fmt: skip
     settings = LinearSettings(blr=tuple(parsed.blr), **given)
     found = evaluate_linear(parsed.weights, _evaluation_data(parsed), settings=settings)
-    if os.environ.get("RANK", "0") == "0":
-        print("block       blr    top-1    top-5     loss")
+    if _is_first_rank():
+        rows = [["block", "blr", "top-1", "top-5", "loss", ""]]
         for block, results in found.items():
             best = find_best(results)
             for result in results:
-                row = f"{block:>5}  {result.blr:>8g}  {100 * result.top1:>6.2f}%  {100 * result.top5:>6.2f}%"
-                print(f"{row}  {result.loss:>7.4f}{'  best' if result is best else ''}")
+                cells = [str(block), f"{result.blr:g}", f"{100 * result.top1:.2f}%", f"{100 * result.top5:.2f}%"]
+                rows.append([*cells, f"{result.loss:.4f}", "best" if result is best else ""])
+        print(format_table(rows))
     return 0
 
 
-def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("export", help="write weights for timm, Hugging Face or torch, with a model card")
+def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(
+        commands, "export", _export, help="write weights for timm, Hugging Face or torch, with a model card"
+    )
     _add_weights(parser)
     parser.add_argument("--to", required=True, help="timm, safetensors, hf or torch")
     parser.add_argument("--out", help="file or folder; default: export/ in the run folder")
-    parser.set_defaults(handler=_export)
 
 
 def _export(parsed: argparse.Namespace) -> int:
@@ -201,19 +236,16 @@ def _export(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("show", help="draw what a run reconstructs of images, and where it looks")
+def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, "show", _show, help="draw what a run reconstructs of images, and where it looks")
     _add_weights(parser)
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--blocks", nargs="+", type=int, default=(), metavar="N", help="attention; default: the last")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--out", default="show.png", help="where to (default show.png)")
-    parser.set_defaults(handler=_show)
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from vitfreeze.evaluate import show_images
 
     images = [Path(image) for image in parsed.images]
@@ -221,25 +253,23 @@ def _show(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("config", help="explain every setting of a recipe, or dump it whole")
+def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, "config", _config, help="explain every setting of a recipe, or dump it whole")
     _add_recipe(parser)
     parser.add_argument("--yaml", action="store_true", help="print the resolved recipe instead")
-    parser.set_defaults(handler=_config)
 
 
 def _config(parsed: argparse.Namespace) -> int:
-    from vitfreeze.config import dump_config, explain_config, load_config
+    from vitfreeze.config import dump_config, explain_config
 
-    config = load_config(parsed.recipe, parsed.overrides)
+    config = _read_config(parsed)
     print(dump_config(config) if parsed.yaml else explain_config(config))
     return 0
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("plan", help="predict, without a GPU or data, what freezing saves")
-    parser.add_argument("recipe", nargs="?", help="name of a recipe that comes with vitfreeze, or a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+def _add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, "plan", _plan, help="predict, without a GPU or data, what freezing saves")
+    _add_recipe(parser, nargs="?")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two recipes side by side instead")
     parser.add_argument("--target-saving", type=float, metavar="SHARE", help="find the t_0 that saves this, as 0.20")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
@@ -248,15 +278,10 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--tflops", type=float, help="what one GPU sustains; default: the authors' V100")
     parser.add_argument("--bench", metavar="FILE", help="what `bench step --json` printed: predict for that machine")
     parser.add_argument("--images", type=int, help="training images; default: ImageNet-1K")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(handler=_plan)
+    _add_json(parser)
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-    from pathlib import Path
-
     from vitfreeze import planner
     from vitfreeze.config import load_config
 
@@ -281,24 +306,23 @@ def _plan(parsed: argparse.Namespace) -> int:
         )
         for config in configs
     ]  # fmt: skip
-    if parsed.json:
-        print(plans[0].to_json() if len(plans) == 1 else f"[{plans[0].to_json()}, {plans[1].to_json()}]")
-    else:
-        print(planner.format_plan(plans[0]) if len(plans) == 1 else planner.format_plans_side_by_side(*plans))
+    if len(plans) == 1:
+        return _print_result(plans[0], planner.format_plan(plans[0]), as_json=parsed.json)
+    as_text = planner.format_plans_side_by_side(*plans)
+    print(json.dumps([asdict(plan) for plan in plans], indent=1) if parsed.json else as_text)
     return 0
 
 
-def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("plot", help="draw a run, or the learning rates of a recipe: plot schedule RECIPE")
+def _add_plot(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(
+        commands, "plot", _plot, help="draw a run, or the learning rates of a recipe: plot schedule RECIPE"
+    )
     parser.add_argument("what", metavar="RUN | schedule RECIPE", help="a run folder, or the word schedule")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="recipe and settings of a schedule")
     parser.add_argument("--out", metavar="FILE", help=".png or .svg; default: run.png in the folder, RECIPE.png here")
-    parser.set_defaults(handler=_plot)
 
 
 def _plot(parsed: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from vitfreeze.config import load_config
     from vitfreeze.plots import plot_run, plot_schedule
 
@@ -316,61 +340,57 @@ def _plot(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("doctor", help="run under the launcher on all nodes: is this cluster fit to train?")
-    parser.add_argument("recipe", nargs="?", help="the run that it shall carry: a recipe by name, or a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from it")
+def _add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(
+        commands, "doctor", _doctor, help="run under the launcher on all nodes: is this cluster fit to train?"
+    )
+    _add_recipe(parser, nargs="?")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to read shards (default %(default)s)")
     parser.add_argument("--images-per-second", type=float, metavar="N", help="what a GPU trains, if it is known")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for ranks that do not answer")
-    parser.set_defaults(handler=_doctor)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from datetime import timedelta
 
-    from vitfreeze.config import load_config
     from vitfreeze.doctor import format_findings, run_checks
 
     findings = run_checks(
-        load_config(parsed.recipe, parsed.overrides) if parsed.recipe else None,
+        _read_config(parsed) if parsed.recipe else None,
         seconds=parsed.seconds,
         images_per_second=parsed.images_per_second,
         timeout=timedelta(seconds=parsed.timeout),
     )
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_rank():
         print(format_findings(findings, colour=sys.stdout.isatty()))
     return 1 if any(finding.fit is False for finding in findings) else 0
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("bench", help="measure a part of a run on this machine")
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
-    _add_bench_step(parts)
-    _add_bench_freeze(parts)
-    _add_bench_scaling(parts)
+    _add_bench_of_engine(parts, "step", _bench_step, help="time and memory of a recipe's step as more layers freeze")
+    _add_bench_of_engine(parts, "freeze", _bench_freeze, help="seconds in which frozen layers leave, beside a step's")
+    _add_bench_of_engine(
+        parts, "scaling", _bench_scaling, help="under the launcher: what more ranks cost, and the plan"
+    )
 
 
-def _add_bench_data(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = parts.add_parser("data", help="images per second of the input pipeline, beside torchvision's")
+def _add_bench_data(parts: Commands[argparse.ArgumentParser]) -> None:
+    parser = _add_command(parts, "data", _bench_data, help="images per second of the input pipeline, and torchvision's")
     parser.add_argument("shards", help="a folder of shards, a brace pattern or a URL")
     parser.add_argument("--split", default="train", help="split of the folder's _info.json (default %(default)s)")
     parser.add_argument("--images", type=int, default=2000, help="photographs to measure on (default %(default)s)")
     parser.add_argument("--img-size", type=int, default=224, help="side of the crops (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="worker processes (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each pipeline (default %(default)s)")
-    parser.add_argument(
-        "--step-seconds", type=float, metavar="S", help="time of a step, to say how many workers feed it"
-    )
+    parser.add_argument("--step-seconds", type=float, metavar="S", help="time of a step: how many workers feed it?")
     parser.add_argument("--step-images", type=int, metavar="N", help="images per rank in such a step")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(handler=_bench_data)
+    _add_json(parser)
 
 
 def _bench_data(parsed: argparse.Namespace) -> int:
-    import json
-
     from vitfreeze.bench.data import format_data_benchmark, run_data_benchmark
 
     if (parsed.step_seconds is None) != (parsed.step_images is None):
@@ -379,92 +399,34 @@ def _bench_data(parsed: argparse.Namespace) -> int:
         raise ValueError(f"--step-seconds is {parsed.step_seconds:g}; a step takes some time")
     speed = {} if not parsed.step_seconds else {"device_images_per_second": parsed.step_images / parsed.step_seconds}
     result = run_data_benchmark(
-        parsed.shards,
-        split=parsed.split,
-        images=parsed.images,
-        img_size=parsed.img_size,
-        workers=parsed.workers,
-        rounds=parsed.rounds,
-        **speed,
-    )
-    print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_data_benchmark(result))
-    return 0
-
-
-def _add_bench_freeze(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = parts.add_parser("freeze", help="seconds in which frozen layers leave the engine, beside a step's time")
-    parser.add_argument("--size", default="vit_base_patch16", help="name of a model size (default %(default)s)")
-    parser.add_argument("--img-size", type=int, default=224, help="side of the images (default %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="images per rank (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps after each drop (default %(default)s)")
-    parser.add_argument("--ds-config", default="", metavar="FILE", help="DeepSpeed JSON; default: to suit the device")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per drop")
-    parser.set_defaults(handler=_bench_freeze)
-
-
-def _bench_freeze(parsed: argparse.Namespace) -> int:
-    from vitfreeze.bench.freeze import format_drops, measure_drops
-
-    costs = measure_drops(
-        parsed.size, ds_config=parsed.ds_config, img_size=parsed.img_size, micro_batch=parsed.micro_batch,
-        steps=parsed.steps,
+        parsed.shards, split=parsed.split, images=parsed.images, img_size=parsed.img_size, workers=parsed.workers,
+        rounds=parsed.rounds, **speed,
     )  # fmt: skip
-    for line in format_drops(costs, as_json=parsed.json):
-        if os.environ.get("RANK", "0") == "0":
-            print(line, flush=True)
-    return 0
+    return _print_result(result, format_data_benchmark(result), as_json=parsed.json)
 
 
-def _parse_frozen(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(k) for k in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--frozen is {text!r}, expected whole numbers with commas, as 0,3,12") from None
-
-
-def _add_bench_scaling(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = parts.add_parser("scaling", help="under the launcher: what more ranks cost, held against the plan")
+def _add_bench_of_engine(parts: Commands[argparse.ArgumentParser], name: str, handler: Handler, *, help: str) -> None:
+    parser = _add_command(parts, name, handler, help=help)
     _add_recipe(parser)
-    parser.add_argument("--frozen", metavar="K,K,...", help="numbers of frozen layers; 0 is always measured")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(handler=_bench_scaling)
+    if name != "freeze":
+        frozen = "numbers of frozen layers; 0 is always measured"
+        parser.add_argument("--frozen", type=_parse_frozen, metavar="K,K,...", help=frozen)
+    if name == "step":
+        parser.add_argument("--threads", type=int, metavar="N", help="threads on a CPU (default: all cores)")
+        clock = "wall, or processor on a CPU that others use too (default %(default)s)"
+        parser.add_argument("--clock", default="wall", help=clock)
+    _add_json(parser, "print JSON" + (", which `plan --bench` reads" if name == "step" else ""))
 
 
-def _bench_scaling(parsed: argparse.Namespace) -> int:
-    import json
-
-    from vitfreeze.bench.scaling import format_scaling_benchmark, run_scaling_benchmark
-    from vitfreeze.config import load_config
-
-    config = load_config(parsed.recipe, parsed.overrides)
-    result = run_scaling_benchmark(config, frozen_layers=_parse_frozen(parsed.frozen), rounds=parsed.rounds)
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_scaling_benchmark(result))
-    return 0
-
-
-def _add_bench_step(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = parts.add_parser("step", help="time and memory of a training step as more layers are frozen")
-    parser.add_argument("--size", default="vit_base_patch16", help="name of a model size (default %(default)s)")
-    parser.add_argument("--img-size", type=int, default=224, help="side of the images (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images per step (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (default %(default)s)")
-    parser.add_argument("--frozen", metavar="K,K,...", help="numbers of frozen layers; 0 is always measured")
-    parser.add_argument("--device", default="", help="cpu or cuda (default: a GPU when there is one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads on a CPU (default: all cores)")
-    parser.add_argument("--compile", action="store_true", help="compile blocks and heads first")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
-    parser.add_argument(
-        "--clock", default="wall", help="wall, or processor on a CPU that others use too (default %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, which `plan --bench` reads")
-    parser.set_defaults(handler=_bench_step)
+def _parse_frozen(text: str) -> list[int]:
+    try:
+        return [int(k) for k in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers with commas, as 0,3,12") from None
 
 
 def _bench_step(parsed: argparse.Namespace) -> int:
-    import json
-
     import torch
 
     from vitfreeze.bench.step import format_step_benchmark, run_step_benchmark
@@ -474,15 +436,20 @@ def _bench_step(parsed: argparse.Namespace) -> int:
             raise ValueError(f"--threads is {parsed.threads}, expected at least 1")
         torch.set_num_threads(parsed.threads)
     result = run_step_benchmark(
-        parsed.size,
-        frozen_layers=_parse_frozen(parsed.frozen),
-        micro_batch=parsed.batch,
-        precision=parsed.precision,
-        img_size=parsed.img_size,
-        device=parsed.device,
-        compiled=parsed.compile,
-        rounds=parsed.rounds,
-        clock=parsed.clock,
+        _read_config(parsed), frozen_layers=parsed.frozen, rounds=parsed.rounds, clock=parsed.clock
     )
-    print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_step_benchmark(result))
-    return 0
+    return _print_result(result, format_step_benchmark(result), as_json=parsed.json)
+
+
+def _bench_freeze(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.freeze import format_freeze_benchmark, run_freeze_benchmark
+
+    result = run_freeze_benchmark(_read_config(parsed), rounds=parsed.rounds)
+    return _print_result(result, format_freeze_benchmark(result), as_json=parsed.json)
+
+
+def _bench_scaling(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.scaling import format_scaling_benchmark, run_scaling_benchmark
+
+    result = run_scaling_benchmark(_read_config(parsed), frozen_layers=parsed.frozen, rounds=parsed.rounds)
+    return _print_result(result, format_scaling_benchmark(result), as_json=parsed.json)

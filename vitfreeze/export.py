@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,10 @@ from torch import Tensor
 from vitfreeze import __version__
 from vitfreeze.architecture import ModelSize
 from vitfreeze.data import IMAGENET_MEAN, IMAGENET_STD
+from vitfreeze.files import read_json_lines, replacing
 from vitfreeze.model import averaged_weights, to_timm
 from vitfreeze.model.local_mim import LAYER_NORM_EPS
 from vitfreeze.pretrained import Pretrained, read_pretrained
-from vitfreeze.report import read_json_lines
 
 logger = logging.getLogger("vitfreeze")
 FORMATS = ("timm", "safetensors", "hf", "torch")
@@ -85,7 +83,7 @@ def export_run(location: str | Path, *, to: str, out: str | Path | None = None) 
     elif to == "safetensors":
         _save_atomically(weights, target, metadata=metadata)
     else:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             torch.save({"model": weights}, temporary)
     card = folder / "README.md" if folder == target else target.with_suffix(".md")
     card.write_text(write_model_card(pretrained, to=to, target=target), encoding="utf-8")
@@ -299,19 +297,8 @@ def _default_target(pretrained: Pretrained, *, to: str) -> Path:
     return parent / {"timm": "timm", "hf": "hf", "safetensors": "encoder.safetensors", "torch": "encoder.pth"}[to]
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to; what was written takes the place of `path` at once, when it is whole."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save_atomically(weights: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(dict(weights), temporary, metadata=dict(metadata))
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitfreeze.architecture import FreezeUnit, count_layers
 from vitfreeze.config import Config, ConfigError, load_config
+from vitfreeze.files import read_json_lines
 from vitfreeze.planner import Comparison, Plan, compare_run, is_comparable, plan
-from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import RunSchedule, build_schedule, units_of
 
 if TYPE_CHECKING:

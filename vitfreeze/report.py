@@ -1,18 +1,19 @@
 """What a run tells: one progress bar, metrics.jsonl, events.jsonl, TensorBoard, images per second.
 
 Only rank 0 writes. The run folder belongs to us, not to DeepSpeed, whose monitor is rebuilt with each engine.
+
+The `step` of every line is the number of optimizer steps taken when it was written: layers that freeze before the step
+with index s are logged at step s, and what that step then measured at step s + 1. A save is logged at the step whose
+state it holds.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vitfreeze.files import LineFile, trim_json_lines
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file; a last line that a kill cut short is left out. No file: no objects."""
-    if not path.is_file():
-        return []
-    objects = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return objects
-
-
-def trim_json_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a .jsonl file with only the objects that `keep` accepts, in one atomic step."""
-    if not path.is_file():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if keep(line)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
 
 
 class Meter:
@@ -132,29 +111,6 @@ class WaitWatch:
             return False
         self._in_a_row = self._in_a_row + 1 if data_wait_fraction > self.threshold else 0
         return self._in_a_row == self.patience
-
-
-class LineFile:
-    """A .jsonl file that is appended to. Lines that a full disk refuses wait and are written when there is room."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._waiting: list[str] = []
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Append an object, after those that wait; never raises OSError."""
-        was_refused = bool(self._waiting)
-        self._waiting.append(json.dumps(line) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a") as file:
-                file.writelines(self._waiting)
-            self._waiting.clear()
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, size)  # no half line, on which the next one would be glued
-            if not was_refused:
-                logger.warning("%s cannot be written (%s); its lines wait for room", self.path, error.strerror)
 
 
 class Board:
@@ -260,15 +216,3 @@ def flatten_numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tu
             yield from flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield f"{prefix}{name}", float(value)
-
-
-def format_closing_table(rows: Sequence[tuple[str, str, str, str]]) -> str:
-    """Return (name, before, after, ratio) rows under a heading, in aligned columns."""
-    table = [("", "before first freeze", "after last freeze", "ratio"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(
-            zip(row, widths, strict=True)
-        ))
-        for row in table
-    )  # fmt: skip

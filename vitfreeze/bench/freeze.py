@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-
-from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.config import find_ds_config
-from vitfreeze.engine import FreezingEngine, best_ds_config, join_ranks
-from vitfreeze.model import LocalMIM
+from vitfreeze.bench.timing import Conditions, describe_conditions, start_engine, time_step
+from vitfreeze.config import Config
+from vitfreeze.text import format_bytes, format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,71 +22,49 @@ class DropCost:
     optimizer_state_bytes: int
 
 
-def measure_drops(
-    size: str,
-    *,
-    ds_config: str | Path = "",
-    img_size: int = 224,
-    micro_batch: int = 8,
-    steps: int = 3,
-    seed: int = 0,
-) -> Iterator[DropCost]:
-    """Freeze a model layer by layer, with `steps` steps of random images after each drop; yield what each cost.
+@dataclass(frozen=True, kw_only=True)
+class FreezeBenchmark(Conditions):
+    """The drops of a model, layer by layer."""
+
+    rows: tuple[DropCost, ...]
+
+
+def run_freeze_benchmark(config: Config, *, rounds: int = 3) -> FreezeBenchmark:
+    """Freeze the model of a recipe layer by layer, with `rounds` steps of random images after each drop.
 
     Raises:
-        ValueError: there is no such size, or `steps` is below 1.
+        ConfigError: a setting cannot be used.
+        ValueError: `rounds` is below 1.
     """
-    if size not in MODEL_SIZES:
-        raise ValueError(f"size {size!r}: allowed are {', '.join(MODEL_SIZES)}")
-    if steps < 1:
-        raise ValueError(f"steps {steps}: at least 1 is needed to time a step")
-    ranks = join_ranks()
-    torch.manual_seed(seed)
-    model = LocalMIM(img_size=img_size, hog_nbins=9, **asdict(MODEL_SIZES[size]))
-    engine = FreezingEngine(
-        model,
-        ds_config=find_ds_config(str(ds_config) or best_ds_config(ranks.device)),
-        micro_batch=micro_batch,
-    )
-    engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))
-    images = torch.randn(micro_batch, 3, img_size, img_size, device=engine.device)
-    time_step(engine, images)  # the first step fills caches and allocates moments
-    full_step = statistics.median(time_step(engine, images) for _ in range(steps))
-    for frozen_layers in range(1, model.depth + 1):
+    engine, images = start_engine(config, rounds=rounds)
+
+    def median_step() -> float:
+        return statistics.median(time_step(engine, images).step for _ in range(rounds))
+
+    time_step(engine, images)  # the first step fills caches
+    full_step, rows = median_step(), []
+    for frozen_layers in range(1, engine.module.depth + 1):
         event = engine.freeze(frozen_layers, step=frozen_layers)
         assert event is not None, "a drop is due at every call"
-        yield DropCost(
-            frozen_layers=frozen_layers,
-            drop_seconds=event.seconds,
-            step_seconds=statistics.median(time_step(engine, images) for _ in range(steps)),
-            drop_in_steps=event.seconds / full_step,
-            trainable_parameters=event.trainable_parameters,
-            optimizer_state_bytes=event.optimizer_state_bytes,
+        rows.append(
+            DropCost(
+                frozen_layers=frozen_layers,
+                drop_seconds=event.seconds,
+                step_seconds=median_step(),
+                drop_in_steps=event.seconds / full_step,
+                trainable_parameters=event.trainable_parameters,
+                optimizer_state_bytes=event.optimizer_state_bytes,
+            )
         )
     engine.destroy()
+    return FreezeBenchmark(**describe_conditions(config, engine, rounds=rounds), rows=tuple(rows))
 
 
-def format_drops(costs: Iterable[DropCost], *, as_json: bool = False) -> Iterator[str]:
-    """Yield a line for every drop as it is measured, under a line of titles; or one JSON object each."""
-    if not as_json:
-        yield "frozen  drop (s)  in steps  step (s)  parameters  state (MiB)"
-    for cost in costs:
-        if as_json:
-            yield json.dumps(asdict(cost))
-        else:
-            yield (
-                f"{cost.frozen_layers:>6}  {cost.drop_seconds:>8.2f}  {cost.drop_in_steps:>8.2f}  "
-                f"{cost.step_seconds:>8.2f}  {cost.trainable_parameters:>10,}  "
-                f"{cost.optimizer_state_bytes / 2**20:>11.1f}"
-            )
-
-
-def time_step(engine: FreezingEngine, images: torch.Tensor) -> float:
-    """Return the seconds of one optimizer step, every micro-batch of which is `images`."""
-    engine.synchronize()
-    started = time.perf_counter()
-    for _ in range(engine.accumulation):
-        engine.backward(engine(images).loss)
-        engine.step()
-    engine.synchronize()
-    return time.perf_counter() - started
+def format_freeze_benchmark(result: FreezeBenchmark) -> str:
+    """Return the result as a table under the settings it was measured with."""
+    rows = [["frozen", "drop (s)", "in steps", "step (s)", "parameters", "optimizer state"]]
+    for row in result.rows:
+        cells = [str(row.frozen_layers), f"{row.drop_seconds:.2f}", f"{row.drop_in_steps:.2f}"]
+        cells += [f"{row.step_seconds:.2f}", f"{row.trainable_parameters:,}", format_bytes(row.optimizer_state_bytes)]
+        rows.append(cells)
+    return "\n".join([*result.lines(), "", format_table(rows)])

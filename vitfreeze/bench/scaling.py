@@ -9,21 +9,29 @@ of the lone rank; the engine shows whether that is so.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
+from torch import Tensor
 
-from vitfreeze.bench.freeze import time_step
-from vitfreeze.bench.step import StepTimer, list_versions, name_device
+from vitfreeze.bench.timing import (
+    LEARNING_RATE,
+    Conditions,
+    describe_conditions,
+    start_engine,
+    time_call,
+    time_step,
+)
 from vitfreeze.config import Config
 from vitfreeze.doctor.network import bus_bandwidth
 from vitfreeze.engine import FreezingEngine, join_ranks
-from vitfreeze.planner import Plan, Stage, StepTimes, plan
-from vitfreeze.planner.text import format_table
-from vitfreeze.training.build import build_engine, build_model
+from vitfreeze.model import LocalMIM
+from vitfreeze.planner import Stage, StepTimes, plan
+from vitfreeze.text import format_table
+from vitfreeze.training.build import build_model
 
 DEFAULT_STAGES = 5
 
@@ -45,26 +53,11 @@ class ScalingRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalingBenchmark:
+class ScalingBenchmark(Conditions):
     """A benchmark with all that one must know to repeat it."""
 
-    device: str
-    versions: dict[str, str]
-    recipe: str
-    model: str
-    world_size: int
-    zero_stage: int
-    precision: str
-    micro_batch: int  # images a rank
-    accumulation: int
-    threads: int
-    rounds: int
     bandwidth_gigabytes: float
     rows: tuple[ScalingRow, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        return asdict(self)
 
 
 def run_scaling_benchmark(
@@ -85,28 +78,24 @@ def run_scaling_benchmark(
     ranks = join_ranks()
     if ranks.world_size == 1:
         raise ValueError("bench scaling compares one rank with many: start it with a launcher on two ranks or more")
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}, expected at least 1")
     paper = plan(config, world_size=ranks.world_size)
     prefixes = _choose_prefixes([stage.frozen_layers for stage in paper.stages], frozen_layers)
-    at_once = replace(config, freeze=replace(config.freeze, min_steps_between_drops=0))
-    engine = build_engine(at_once, ranks, frozen_layers=0)
-    timer = StepTimer(
-        build_model(config), micro_batch=engine.micro_batch, dtype=engine.dtype, device=engine.device,
-        clock=time.perf_counter,
-    )  # fmt: skip
-    engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))
+    engine, images = start_engine(config, rounds=rounds)
+    lone = _LoneRank(build_model(config), device=engine.device, dtype=engine.dtype)
     alone_ms, measured_ms, bandwidths = {}, {}, []
     for prefix in prefixes:
         engine.freeze(prefix, step=prefix)
-        alone_ms[prefix], measured_ms[prefix] = _measure(timer, engine, rounds=rounds, warmup_rounds=warmup_rounds)
+        alone, together = _measure(lone, engine, images, rounds=rounds, warmup_rounds=warmup_rounds)
+        alone_ms[prefix], measured_ms[prefix] = alone, together
         bandwidths.append(bus_bandwidth(None, engine.world_size, engine.device))
     bandwidth = engine.ranks.mean([statistics.median(bandwidths)])[0]
     times = StepTimes(source="lone ranks", images=engine.micro_batch, step_ms=alone_ms)
     held = plan(config, world_size=engine.world_size, times=times, bandwidth_gigabytes=bandwidth)
     stages = {stage.frozen_layers: stage for stage in held.stages}
     rows = tuple(_compare(stages[prefix], measured_ms[prefix]) for prefix in prefixes)
-    return _describe(held, engine, rows, rounds=rounds)
+    return ScalingBenchmark(
+        **describe_conditions(config, engine, rounds=rounds), bandwidth_gigabytes=bandwidth, rows=rows
+    )
 
 
 def _choose_prefixes(possible: Sequence[int], wanted: Sequence[int] | None) -> list[int]:
@@ -121,14 +110,42 @@ def _choose_prefixes(possible: Sequence[int], wanted: Sequence[int] | None) -> l
     return sorted({0, *wanted})
 
 
-def _measure(timer: StepTimer, engine: FreezingEngine, *, rounds: int, warmup_rounds: int) -> tuple[float, float]:
+class _LoneRank:
+    """A rank that trains alone. The engine's ranks form one group, so it has torch's AdamW, which the engine has too.
+
+    Where the weights are in half precision it works on fp32 copies of them, as ZeRO does.
+    """
+
+    def __init__(self, model: LocalMIM, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.model = device, model.to(device=device, dtype=dtype)
+        self.weights = list(self.model.parameters())
+        self.masters = [w if dtype == torch.float32 else w.detach().float() for w in self.weights]
+        self.adamw = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, fused=True)
+
+    def take_step(self, images: Tensor, *, frozen_layers: int) -> None:
+        """Run one micro-batch and update what has a gradient, which the frozen prefix does not."""
+        self.model(images, frozen_layers=frozen_layers).loss.backward()
+        pairs = [(w, m) for w, m in zip(self.weights, self.masters, strict=True) if w is not m and w.grad is not None]
+        for weight, master in pairs:
+            master.grad, weight.grad = cast(Tensor, weight.grad).float(), None
+        self.adamw.step()
+        with torch.no_grad():
+            for weight, master in pairs:
+                weight.copy_(master)
+        self.adamw.zero_grad()
+
+
+def _measure(
+    lone: _LoneRank, engine: FreezingEngine, images: Tensor, *, rounds: int, warmup_rounds: int
+) -> tuple[float, float]:
     """Return the milliseconds of a lone rank's micro-batch, and those of the engine's optimizer step."""
     alone, together = [], []
     for number in range(-warmup_rounds, rounds):
         torch.distributed.barrier()
-        lone_seconds = timer.time_step(engine.frozen_layers).step
+        step = partial(lone.take_step, images, frozen_layers=engine.frozen_layers)
+        lone_seconds = time_call(step, device=engine.device)
         torch.distributed.barrier()
-        seconds = time_step(engine, timer.images)
+        seconds = time_step(engine, images).step
         if number >= 0:
             alone.append(lone_seconds)
             together.append(seconds)
@@ -150,22 +167,10 @@ def _compare(stage: Stage, measured_ms: float) -> ScalingRow:
     )
 
 
-def _describe(held: Plan, engine: FreezingEngine, rows: tuple[ScalingRow, ...], *, rounds: int) -> ScalingBenchmark:
-    return ScalingBenchmark(
-        device=name_device(engine.device), versions=list_versions(engine.device), recipe=held.recipe, model=held.model,
-        world_size=engine.world_size, zero_stage=held.machine.zero_stage, precision=held.machine.precision,
-        micro_batch=engine.micro_batch, accumulation=engine.accumulation, threads=torch.get_num_threads(),
-        rounds=rounds, bandwidth_gigabytes=held.bandwidth_gigabytes or 0.0, rows=rows,
-    )  # fmt: skip
-
-
 def format_scaling_benchmark(result: ScalingBenchmark) -> str:
     """Return the result as a table under the settings it was measured with."""
     head = [
-        f"{result.recipe}: {result.model} on {result.world_size} ranks, ZeRO stage {result.zero_stage}, "
-        f"{result.precision}, micro-batch {result.micro_batch} x {result.accumulation}",
-        f"{result.device}, {result.threads} threads a rank; "
-        + ", ".join(f"{name} {version}" for name, version in result.versions.items()),
+        *result.lines(),
         f"medians of {result.rounds} rounds, means over the ranks; all-reduce {result.bandwidth_gigabytes:.2f} GB/s",
     ]
     rows = [["frozen", "alone ms", "sent MiB", "planned ms", "measured ms", "planned efficiency", "measured"]]

@@ -1,45 +1,47 @@
 """What a training step costs on this machine, part by part, at several lengths of the frozen prefix.
 
-A step is one micro-batch of random images through `LocalMIM`, its backward pass and AdamW, without DeepSpeed and
-without a data pipeline. The lengths are measured in turn, round by round, and beside them a unit that can be measured
-anywhere: forward and backward pass of 12 plain timm blocks of ViT-B on a batch of 8 x 50 tokens. What disturbs the
-machine then disturbs them all, and ratios of one round hold better than milliseconds.
+A step is the engine's own, with the settings of a recipe, on random images, without a data pipeline. After each of its
+steps a unit is measured that can be measured anywhere: forward and backward pass of 12 plain timm blocks of ViT-B on a
+batch of 8 x 50 tokens. What disturbs the machine then disturbs both, and their ratio holds better than milliseconds.
 """
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
 
-import timm
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitfreeze import __version__
-from vitfreeze.architecture import MODEL_SIZES, active_heads
+from vitfreeze.architecture import active_heads
+from vitfreeze.bench.timing import (
+    Clock,
+    Conditions,
+    StepSeconds,
+    describe_conditions,
+    start_engine,
+    time_call,
+    time_step,
+)
+from vitfreeze.config import Config
+from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import hog_targets
-from vitfreeze.model.local_mim import LAYER_NORM_EPS, LocalMIM
-from vitfreeze.planner import ModelCosts
-from vitfreeze.planner.text import format_table
+from vitfreeze.model.local_mim import LAYER_NORM_EPS
+from vitfreeze.planner import costs_of, quartiles
+from vitfreeze.text import format_table
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
-Mark = float | torch.cuda.Event
-MASK_RATIO = 0.75
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 _UNIT_BLOCKS, _UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH, _UNIT_HEADS = 12, 8, 50, 768, 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """Medians at one length of the frozen prefix; `ratio` and `in_units` are medians of the rounds' ratios."""
+    """Medians at one length of the frozen prefix; `in_units` is the median of the rounds' ratios."""
 
     frozen_layers: int
     targets_ms: float
@@ -48,121 +50,85 @@ class StepRow:
     optimizer_ms: float
     step_ms: float
     step_ms_quartiles: tuple[float, float]
-    images_per_second: float
+    images_per_second: float  # of a rank
     peak_memory_bytes: int | None  # of the GPU's tensors; on a CPU of the whole process, where the system tells
-    ratio: float  # to a step with nothing frozen
-    ratio_of_flops: float  # what counted operations allow
     in_units: float
+    ratio: float  # of in_units to that with nothing frozen
+    ratio_of_flops: float  # what counted operations allow
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepBenchmark:
+class StepBenchmark(Conditions):
     """A benchmark with all that one must know to repeat it."""
 
-    device: str
-    versions: dict[str, str]
-    size: str
-    img_size: int
-    micro_batch: int
-    precision: str
-    compiled: bool
-    optimizer: str
     clock: str
-    threads: int
-    rounds: int
     unit_ms: float
     unit_ms_quartiles: tuple[float, float]
     targets_in_units: float  # HOG targets of all four heads
     rows: tuple[StepRow, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class StepSeconds:
-    """Seconds of one step."""
+class _Measured:
+    """One length of the frozen prefix: its rounds in seconds."""
 
-    targets: float
-    forward: float
-    backward: float
-    optimizer: float
+    frozen_layers: int
+    memory: int | None
+    steps: list[StepSeconds]
+    targets: list[float]
+    units: list[float]
 
     @property
-    def step(self) -> float:
-        return self.forward + self.backward + self.optimizer
+    def in_units(self) -> float:
+        return statistics.median(step.step / unit for step, unit in zip(self.steps, self.units, strict=True))
 
 
 def run_step_benchmark(
-    size: str,
+    config: Config,
     *,
     frozen_layers: Sequence[int] | None = None,
-    micro_batch: int = 8,
-    precision: str = "fp32",
-    img_size: int = 224,
-    hog_nbins: int = 9,
-    device: str = "",
-    compiled: bool = False,
     rounds: int = 5,
     warmup_rounds: int = 2,
     clock: str = "wall",
 ) -> StepBenchmark:
-    """Measure steps of a model of `MODEL_SIZES`.
+    """Measure the steps of a recipe's engine; under a launcher all ranks call it.
 
     Args:
-        size: name in `MODEL_SIZES`.
+        config: the run; its data is not read, images are random.
         frozen_layers: lengths of the prefix; five evenly spread by default. 0 is always measured, for the ratios.
-        micro_batch: images per step.
-        precision: of weights and activations; below fp32, AdamW keeps master weights in fp32.
-        device: cpu or cuda; a GPU when there is one by default.
-        compiled: torch.compile on every block and head.
-        rounds, warmup_rounds: every length is measured once in each.
+        rounds, warmup_rounds: steps at every length.
         clock: wall, or processor: the seconds that all threads of this process worked, whatever else the machine
             does. On a GPU always the GPU's own clock.
 
     Raises:
-        ValueError: a name, a length or a count that does not exist or makes no sense.
+        ConfigError: a setting cannot be used.
+        ValueError: a clock, a length or a count that does not exist or makes no sense.
     """
-    _check(size, precision=precision, clock=clock, rounds=rounds, micro_batch=micro_batch)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    prefixes = _choose_prefixes(frozen_layers, depth=MODEL_SIZES[size].depth)
-    torch.manual_seed(0)
-    model = LocalMIM(img_size=img_size, hog_nbins=hog_nbins, mask_ratio=MASK_RATIO, **asdict(MODEL_SIZES[size]))
-    if compiled:
-        model.compile_parts()
-    bench = _Bench(
-        model, micro_batch=micro_batch, dtype=PRECISIONS[precision], device=place, clock=CLOCKS[clock]
-    )  # fmt: skip
-    # Falling lengths need rising memory, so that no peak hides a later one.
-    memory = {k: bench.peak_memory(k) for k in sorted(prefixes, reverse=True)}
-    times, units, all_targets = bench.measure(prefixes, rounds=rounds, warmup_rounds=warmup_rounds)
-    costs = ModelCosts(size=MODEL_SIZES[size], img_size=img_size, mask_ratio=MASK_RATIO, hog_nbins=hog_nbins)
+    if clock not in CLOCKS:
+        raise ValueError(f"clock {clock!r}: allowed are {', '.join(CLOCKS)}")
+    prefixes = _choose_prefixes(frozen_layers, depth=config.model.resolve().depth)
+    engine, images = start_engine(config, rounds=rounds)
+    bench = _Bench(engine, images, clock=CLOCKS[clock])
+    measured = [bench.measure(k, rounds=rounds, warmup_rounds=warmup_rounds) for k in prefixes]
+    units = [unit for prefix in measured for unit in prefix.units]
+    costs, start = costs_of(config), measured[0]
     rows = [
         _summarize(
-            k, times[k], start=times[0], units=units, micro_batch=micro_batch, memory=memory[k],
-            ratio_of_flops=costs.step_flops(k) / costs.step_flops(0),
+            prefix,
+            images=engine.micro_batch * engine.accumulation,
+            ratio=prefix.in_units / start.in_units,
+            ratio_of_flops=costs.step_flops(prefix.frozen_layers) / costs.step_flops(0),
         )
-        for k in prefixes
-    ]  # fmt: skip
+        for prefix in measured
+    ]
     return StepBenchmark(
-        device=name_device(place), versions=list_versions(place), size=size, img_size=img_size, micro_batch=micro_batch,
-        precision=precision, compiled=compiled, optimizer="torch.optim.AdamW(fused=True)",
-        clock="GPU" if place.type == "cuda" else clock, threads=torch.get_num_threads(), rounds=rounds,
-        unit_ms=1e3 * statistics.median(units), unit_ms_quartiles=_quartiles(units),
-        targets_in_units=statistics.median(t / u for t, u in zip(all_targets, units, strict=True)), rows=tuple(rows),
-    )  # fmt: skip
-
-
-def _check(size: str, *, precision: str, clock: str, rounds: int, micro_batch: int) -> None:
-    for what, given, allowed in (
-        ("size", size, MODEL_SIZES), ("precision", precision, PRECISIONS), ("clock", clock, CLOCKS),
-    ):  # fmt: skip
-        if given not in allowed:
-            raise ValueError(f"{what} {given!r}: allowed are {', '.join(allowed)}")
-    for what, count in (("rounds", rounds), ("micro_batch", micro_batch)):
-        if count < 1:
-            raise ValueError(f"{what} is {count}, expected at least 1")
+        **describe_conditions(config, engine, rounds=rounds),
+        clock="GPU" if engine.device.type == "cuda" else clock,
+        unit_ms=1e3 * statistics.median(units),
+        unit_ms_quartiles=_quartiles_ms(units),
+        targets_in_units=statistics.median(t / u for t, u in zip(start.targets, start.units, strict=True)),
+        rows=tuple(rows),
+    )
 
 
 def _choose_prefixes(frozen_layers: Sequence[int] | None, *, depth: int) -> list[int]:
@@ -174,123 +140,56 @@ def _choose_prefixes(frozen_layers: Sequence[int] | None, *, depth: int) -> list
     return sorted({0, *frozen_layers})
 
 
-class StepTimer:
-    """A model with its optimizer and a batch of random images on one device; measures steps and their parts."""
+class _Bench:
+    """The engine on one batch of images, and beside it the unit's blocks."""
 
-    def __init__(
-        self, model: LocalMIM, *, micro_batch: int, dtype: torch.dtype, device: torch.device, clock: Callable[[], float]
-    ) -> None:
-        self.device, self.dtype, self.clock = device, dtype, clock
-        self.model = model.to(device=device, dtype=dtype)
-        self.optimizer = _MasterAdamW(self.model)
-        self.images = torch.randn(micro_batch, 3, model.img_size, model.img_size, device=device)
-
-    def time_step(self, frozen_layers: int) -> StepSeconds:
-        """Take a step with that many layers frozen."""
-        targets = self.time_targets(frozen_layers)
-        marks = [self.mark()]
-        loss = self.model(self.images, frozen_layers=frozen_layers).loss
-        marks.append(self.mark())
-        loss.backward()
-        marks.append(self.mark())
-        self.optimizer.step()
-        marks.append(self.mark())
-        forward, backward, optimizer = (seconds_between(*pair) for pair in pairwise(marks))
-        return StepSeconds(targets=targets, forward=forward, backward=backward, optimizer=optimizer)
-
-    def time_targets(self, frozen_layers: int) -> float:
-        """Return the seconds that the HOG targets of the living heads take."""
-        cells = [self.model.cell_sizes[k] for k in active_heads(self.model.units, frozen_layers)]
-        start = self.mark()
-        hog_targets(self.images, cell_sizes=cells, nbins=self.model.hog_nbins, bias=self.model.hog_bias)
-        return seconds_between(start, self.mark())
-
-    def peak_memory(self, frozen_layers: int) -> int | None:
-        """Return the bytes at the highest point of a step whose optimizer has its moments already."""
-        self.time_step(frozen_layers)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif not _reset_peak_of_process():
-            return None
-        self.time_step(frozen_layers)
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _read_peak_of_process()
-
-    def mark(self) -> Mark:
-        """Return this moment, by the clock of the device."""
-        if self.device.type != "cuda":
-            return self.clock()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-class _Bench(StepTimer):
-    """A timer that measures beside its steps the unit's blocks."""
-
-    def __init__(self, model: LocalMIM, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(self, engine: FreezingEngine, images: Tensor, *, clock: Clock) -> None:
+        self.engine, self.images, self.clock = engine, images, clock
         norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         blocks = [Block(_UNIT_WIDTH, _UNIT_HEADS, qkv_bias=True, norm_layer=norm_layer) for _ in range(_UNIT_BLOCKS)]
-        self.unit = nn.Sequential(*blocks).to(device=self.device, dtype=self.dtype)
+        self.unit = nn.Sequential(*blocks).to(device=engine.device, dtype=engine.dtype)
         shape = (_UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH)
-        self.unit_tokens = torch.randn(shape, device=self.device, dtype=self.dtype)
+        self.unit_tokens = torch.randn(shape, device=engine.device, dtype=engine.dtype)
 
-    def measure(
-        self, prefixes: Sequence[int], *, rounds: int, warmup_rounds: int
-    ) -> tuple[dict[int, list[StepSeconds]], list[float], list[float]]:
-        """Return the steps, the units and the targets of all heads, one of each per round."""
-        times: dict[int, list[StepSeconds]] = {k: [] for k in prefixes}
-        units, targets = [], []
+    def measure(self, frozen_layers: int, *, rounds: int, warmup_rounds: int) -> _Measured:
+        """Freeze up to a length of the prefix, and take one step, unit and set of targets per round."""
+        self.engine.freeze(frozen_layers, step=frozen_layers)
+        found = _Measured(frozen_layers=frozen_layers, memory=self.peak_memory(), steps=[], targets=[], units=[])
         for number in range(-warmup_rounds, rounds):
-            unit = self.time_unit()
-            round_targets = self.time_targets(0)
-            steps = {k: self.time_step(k) for k in prefixes}
-            unit = (unit + self.time_unit()) / 2
+            before = self.time_unit()
+            targets = self.time_targets()
+            step = time_step(self.engine, self.images, clock=self.clock)
+            unit = (before + self.time_unit()) / 2
             if number >= 0:
-                units.append(unit)
-                targets.append(round_targets)
-                for k, step in steps.items():
-                    times[k].append(step)
-        return times, units, targets
+                found.steps.append(step)
+                found.targets.append(targets)
+                found.units.append(unit)
+        return found
+
+    def time_targets(self) -> float:
+        """Return the seconds that the HOG targets of the living heads take in a step."""
+        model = self.engine.module
+        cells = [model.cell_sizes[k] for k in active_heads(model.units, self.engine.frozen_layers)]
+        call = partial(hog_targets, self.images, cell_sizes=cells, nbins=model.hog_nbins, bias=model.hog_bias)
+        return self.engine.accumulation * time_call(call, device=self.engine.device, clock=self.clock)
 
     def time_unit(self) -> float:
-        start = self.mark()
-        self.unit(self.unit_tokens).square().mean().backward()
-        seconds = seconds_between(start, self.mark())
+        """Return the seconds of the unit."""
         self.unit.zero_grad()
-        return seconds
+        return time_call(
+            lambda: self.unit(self.unit_tokens).square().mean().backward(), device=self.engine.device, clock=self.clock
+        )
 
-
-class _MasterAdamW:
-    """AdamW, on fp32 copies of the weights where these are in half precision, as an engine for training keeps them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.weights = list(model.parameters())
-        half = self.weights[0].dtype != torch.float32
-        self.masters = [w.detach().float() if half else w for w in self.weights]
-        self.adamw = torch.optim.AdamW(self.masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update what has a gradient, which the frozen prefix does not, and drop the gradients."""
-        changed = [(w, m) for w, m in zip(self.weights, self.masters, strict=True) if w.grad is not None]
-        for weight, master in changed:
-            if master is not weight:
-                master.grad = cast(Tensor, weight.grad).float()
-                weight.grad = None
-        self.adamw.step()
-        for weight, master in changed:
-            if master is not weight:
-                weight.copy_(master)
-        self.adamw.zero_grad()
-
-
-def seconds_between(start: Mark, end: Mark) -> float:
-    """Return the seconds between two marks of the same clock; on a GPU this waits for the second."""
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    return cast(float, end) - cast(float, start)
+    def peak_memory(self) -> int | None:
+        """Return the bytes at the highest point of a step, after one that has filled every buffer."""
+        time_step(self.engine, self.images)
+        on_gpu = self.engine.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
+        elif not _reset_peak_of_process():
+            return None
+        time_step(self.engine, self.images)
+        return torch.cuda.max_memory_allocated(self.engine.device) if on_gpu else _read_peak_of_process()
 
 
 def _reset_peak_of_process() -> bool:
@@ -307,69 +206,38 @@ def _read_peak_of_process() -> int:
     return 1024 * int(line.split()[1])
 
 
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Return the first and third quartile in milliseconds."""
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * list(seconds)
+def _quartiles_ms(seconds: Sequence[float]) -> tuple[float, float]:
+    low, high = quartiles(seconds)
     return 1e3 * low, 1e3 * high
 
 
-def _summarize(
-    frozen_layers: int,
-    times: Sequence[StepSeconds],
-    *,
-    start: Sequence[StepSeconds],
-    units: Sequence[float],
-    micro_batch: int,
-    memory: int | None,
-    ratio_of_flops: float,
-) -> StepRow:
+def _summarize(found: _Measured, *, images: int, ratio: float, ratio_of_flops: float) -> StepRow:
     def milliseconds(part: Callable[[StepSeconds], float]) -> float:
-        return 1e3 * statistics.median(part(step) for step in times)
+        return 1e3 * statistics.median(part(step) for step in found.steps)
 
-    step_ms = milliseconds(lambda t: t.step)
+    targets_ms, step_ms = 1e3 * statistics.median(found.targets), milliseconds(lambda step: step.step)
     return StepRow(
-        frozen_layers=frozen_layers,
-        targets_ms=milliseconds(lambda t: t.targets),
-        forward_ms=milliseconds(lambda t: t.forward - t.targets),
-        backward_ms=milliseconds(lambda t: t.backward),
-        optimizer_ms=milliseconds(lambda t: t.optimizer),
+        frozen_layers=found.frozen_layers,
+        targets_ms=targets_ms,
+        forward_ms=milliseconds(lambda step: step.forward) - targets_ms,
+        backward_ms=milliseconds(lambda step: step.backward),
+        optimizer_ms=milliseconds(lambda step: step.optimizer),
         step_ms=step_ms,
-        step_ms_quartiles=_quartiles([t.step for t in times]),
-        images_per_second=1e3 * micro_batch / step_ms,
-        peak_memory_bytes=memory,
-        ratio=statistics.median(t.step / s.step for t, s in zip(times, start, strict=True)),
+        step_ms_quartiles=_quartiles_ms([step.step for step in found.steps]),
+        images_per_second=1e3 * images / step_ms,
+        peak_memory_bytes=found.memory,
+        in_units=found.in_units,
+        ratio=ratio,
         ratio_of_flops=ratio_of_flops,
-        in_units=statistics.median(t.step / u for t, u in zip(times, units, strict=True)),
     )
-
-
-def name_device(device: torch.device) -> str:
-    """Return the model of a GPU, or of this machine's CPU with the number of its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {len(names) or '?'} cores"
-
-
-def list_versions(device: torch.device) -> dict[str, str]:
-    """Return the versions that a time depends on, by name."""
-    versions = {"vitfreeze": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions["timm"] = timm.__version__
-    if device.type == "cuda":
-        versions["cuda"] = str(torch.version.cuda)
-    return versions
 
 
 def format_step_benchmark(result: StepBenchmark) -> str:
     """Return the result as a table under the settings it was measured with."""
     low, high = result.unit_ms_quartiles
     head = [
-        f"{result.size}, {result.img_size} pixels, {result.micro_batch} images per step, {result.precision}"
-        + (", torch.compile" if result.compiled else ""),
-        f"{result.device}, {result.threads} threads; " + ", ".join(f"{k} {v}" for k, v in result.versions.items()),
-        f"{result.optimizer}; medians of {result.rounds} rounds by the {result.clock} clock, quartiles in brackets",
+        *result.lines(),
+        f"medians of {result.rounds} rounds by the {result.clock} clock, quartiles in brackets",
         f"unit: {result.unit_ms:.0f} ms [{low:.0f}-{high:.0f}], 12 plain blocks of ViT-B on 8 x 50 tokens, there and "
         f"back; HOG targets of all heads cost {result.targets_in_units:.4f} of it",
     ]

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, load_config
+from vitfreeze.files import replace_durably, write_durably
 
 logger = logging.getLogger("vitfreeze")
 
@@ -222,37 +222,6 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_durably(path: Path, data: bytes) -> None:
-    """Give a file new content in one atomic step that survives a power cut."""
-    temporary = path.with_name(f".{path.name}.new")
-    write_durably(temporary, data)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the disk has a file's content."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the disk has a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(content: Any) -> str:

@@ -24,6 +24,7 @@ from vitfreeze import __version__
 from vitfreeze.checkpoint import folder
 from vitfreeze.config import Config, Duration, dump_config
 from vitfreeze.engine import STATE_KEYS, FreezingEngine
+from vitfreeze.files import sync_file, sync_folder, write_durably
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
@@ -214,14 +215,14 @@ class CheckpointWriter:
         facts = {}
         for name, tensors in snapshot.files.items():
             save_file(dict(tensors), parts / name)
-            folder.sync_file(parts / name)
+            sync_file(parts / name)
             facts[name] = {"bytes": (parts / name).stat().st_size, "sha256": folder.hash_file(parts / name)}
         note = {"files": facts, "starts": snapshot.starts}
-        folder.write_durably(parts / _note_name(self._ranks.rank), json.dumps(note).encode())
+        write_durably(parts / _note_name(self._ranks.rank), json.dumps(note).encode())
 
     def _complete(self, parts: Path, snapshot: _Snapshot) -> tuple[str, int]:
         """On rank 0: write the manifest over all ranks' files, name the folder; return its name and size."""
-        folder.write_durably(parts / folder.CONFIG, snapshot.config_text.encode())
+        write_durably(parts / folder.CONFIG, snapshot.config_text.encode())
         size = (parts / folder.CONFIG).stat().st_size
         files: dict[str, dict[str, Any]] = {
             folder.CONFIG: {"bytes": size, "sha256": folder.hash_file(parts / folder.CONFIG)}
@@ -239,10 +240,10 @@ class CheckpointWriter:
         groups = {name: {**group, "slices": slices[name]} for name, group in snapshot.content["groups"].items()}
         content = {**snapshot.content, "groups": groups, "files": files, "serial": serial}
         folder.write_manifest(parts, content)
-        folder.sync_folder(parts)
+        sync_folder(parts)
         path = self.parent / folder.checkpoint_name(snapshot.step, parent=self.parent)
         parts.rename(path)
-        folder.sync_folder(self.parent)
+        sync_folder(self.parent)
         folder.write_pointer(self.parent, path.name)
         return path.name, sum(facts["bytes"] for facts in files.values())
 

@@ -100,12 +100,6 @@ class CenterCrop:
     img_size: int
     crop_pct: float = 0.875
 
-    def __post_init__(self) -> None:
-        if self.img_size < 1:
-            raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
-
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         height, width = pixels.shape[:2]
         shorter = round(self.img_size / self.crop_pct)

@@ -134,12 +134,8 @@ class BatchMixing:
         num_classes: length of the target vectors.
         mixup: mixup's alpha; 0 for none (Zhang et al. 2018).
         cutmix: cutmix's alpha; 0 for none (Yun et al. 2019).
-        mixup_prob: probability of mixing a batch at all.
-        mixup_switch_prob: probability of cutmix where both are on.
         smoothing: label smoothing.
-        reprob: probability of erasing a rectangle of an image; 0 for none (Zhong et al. 2020).
-        remode: what fills it: 'const', 'rand' or 'pixel'.
-        recount: rectangles per image.
+        reprob: probability of erasing a rectangle of an image with noise; 0 for none (Zhong et al. 2020).
         seed: decides, with step and rank, every draw.
     """
 
@@ -149,31 +145,15 @@ class BatchMixing:
         num_classes: int,
         mixup: float = FinetuneConfig.mixup,
         cutmix: float = FinetuneConfig.cutmix,
-        mixup_prob: float = 1.0,
-        mixup_switch_prob: float = 0.5,
         smoothing: float = FinetuneConfig.smoothing,
         reprob: float = FinetuneConfig.reprob,
-        remode: str = "pixel",
-        recount: int = 1,
         seed: int = RunConfig.seed,
     ) -> None:
         check_argument("finetune.num_classes", num_classes)
-        self.num_classes = num_classes
-        self.smoothing = smoothing
-        self.reprob = reprob
-        self.remode = remode
-        self.recount = recount
-        self.seed = seed
+        self.num_classes, self.smoothing, self.reprob, self.seed = num_classes, smoothing, reprob, seed
         self._mixup = None
         if mixup or cutmix:
-            self._mixup = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mixup_prob,
-                switch_prob=mixup_switch_prob,
-                label_smoothing=smoothing,
-                num_classes=num_classes,
-            )
+            self._mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def apply(
         self, images: Tensor, labels: Tensor, *, step: int, rank: int = 0, number: int = 0
@@ -182,7 +162,7 @@ class BatchMixing:
 
         Args:
             images: (B, 3, H, W) uint8.
-            labels: (B,) int64 class indices.
+            labels: (B,) int64 class indices below num_classes, as the loader makes sure.
             step: optimizer step.
             rank: number of this process.
             number: number of the micro-batch within the step.
@@ -191,25 +171,15 @@ class BatchMixing:
             (B, 3, H, W) float32 normalised images, and (B, num_classes) float32 targets whose rows sum to 1.
 
         Raises:
-            ValueError: a label is no class, or mixing an odd number of images (timm pairs them).
+            ValueError: mixing an odd number of images (timm pairs them).
         """
         if self._mixup is not None and len(images) % 2:
             raise ValueError(f"mixup and cutmix pair the images of a micro-batch; {len(images)} is odd")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(
-                f"labels reach from {int(labels.min())} to {int(labels.max())}, not 0..{self.num_classes - 1}"
-            )
         floats = normalize(images)
         devices = [images.device] if images.device.type == "cuda" else []
         with _seeded([self.seed, step, rank, number], devices=devices):
             if self.reprob:
-                erase = RandomErasing(
-                    probability=self.reprob,
-                    mode=self.remode,
-                    max_count=self.recount,
-                    num_splits=0,
-                    device=str(images.device),
-                )
+                erase = RandomErasing(self.reprob, mode="pixel", device=str(images.device))
                 floats = erase(floats)
             if self._mixup is not None:
                 return self._mixup(floats, labels)

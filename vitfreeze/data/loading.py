@@ -68,7 +68,6 @@ class ReadOptions:
     Attributes:
         workers: decoding processes; 0 decodes in the calling process.
         prefetch: batches that each worker keeps ready.
-        pin_memory: page-locked batches, for asynchronous copies; None: when CUDA is there.
         num_classes: labels must exist and be smaller; None: labels are not looked at.
         max_bad_fraction: share of an epoch's samples that may be unusable; an error as soon as this rank alone meets
             more. Over several ranks, `merge_reports` decides.
@@ -80,7 +79,6 @@ class ReadOptions:
 
     workers: int = DataConfig.workers
     prefetch: int = DataConfig.prefetch
-    pin_memory: bool | None = None
     num_classes: int | None = None
     max_bad_fraction: float = DataConfig.max_bad_fraction
     max_image_pixels: int = MAX_IMAGE_PIXELS
@@ -106,9 +104,8 @@ class _Loader:
         options: ReadOptions,
         open_shards: int,
     ) -> None:
-        _check_least(rank=(rank, 0), world_size=(world_size, rank + 1))
         self.rank, self.world_size, self.options = rank, world_size, options
-        self.pin_memory = torch.cuda.is_available() if options.pin_memory is None else options.pin_memory
+        self.pin_memory = torch.cuda.is_available()  # page-locked batches, for asynchronous copies
         folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
         self.reader = ShardReader(
             find_shards(shards, split=split, allow_pipe=options.allow_pipe),
@@ -234,7 +231,7 @@ class TrainLoader(_Loader):
 
     Raises:
         ShardError: a shard is missing or unusable.
-        ValueError: numbers that do not divide, or fewer samples than a global batch.
+        ValueError: a micro-batch would part the crops of an image, or fewer samples than a global batch.
     """
 
     def __init__(
@@ -258,7 +255,6 @@ class TrainLoader(_Loader):
         options = options or ReadOptions()
         check_argument("run.seed", seed)
         check_argument("data.crops_per_image", crops_per_image)
-        _check_least(num_patches=(num_patches, 0))
         self.global_batch, self.crops_per_image = global_batch, crops_per_image
         self.world_size = world_size
         self.accumulation(micro_batch)
@@ -293,21 +289,14 @@ class TrainLoader(_Loader):
         """Return how many micro-batches of a size make this rank's share of a global batch.
 
         Raises:
-            ValueError: they do not divide.
+            ValueError: a micro-batch would part the crops of an image.
         """
-        _check_least(micro_batch=(micro_batch, 1), global_batch=(self.global_batch, 1))
-        at_once = micro_batch * self.world_size
-        if self.global_batch % at_once:
-            raise ValueError(
-                f"a global batch of {self.global_batch} is not a multiple of micro-batch {micro_batch} x "
-                f"{self.world_size} ranks = {at_once}"
-            )
         if micro_batch % self.crops_per_image:
             raise ValueError(
                 f"a micro-batch of {micro_batch} is not a multiple of crops_per_image={self.crops_per_image}, so the "
                 "crops of one decoded image would part"
             )
-        return self.global_batch // at_once
+        return self.global_batch // (micro_batch * self.world_size)
 
     def position(self, step: int) -> Mapping[str, int]:
         """Return {epoch, samples_consumed}: the epoch a step belongs to and the images of it that came before."""
@@ -368,7 +357,6 @@ class EvalLoader(_Loader):
         batch_size: images per batch.
         rank: number of this process.
         world_size: number of processes.
-        crop_pct: side of the crop over the shorter side it is cut from; 0.875 is 224 of 256.
         split, options: as for `TrainLoader`.
     """
 
@@ -380,12 +368,10 @@ class EvalLoader(_Loader):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        crop_pct: float = CenterCrop.crop_pct,
         split: str = "validation",
         options: ReadOptions | None = None,
     ) -> None:
         options = options or ReadOptions()
-        _check_least(batch_size=(batch_size, 1))
         super().__init__(
             shards,
             split=split,
@@ -397,7 +383,7 @@ class EvalLoader(_Loader):
         self.batch_size = batch_size
         self._plan = BatchPlan(
             order=None,
-            transform=CenterCrop(img_size=img_size, crop_pct=crop_pct),
+            transform=CenterCrop(img_size=img_size),
             seed=0,
             num_patches=0,
             crops_per_image=1,
@@ -427,12 +413,6 @@ class EvalLoader(_Loader):
             if len(batch.images):
                 yield batch
         self._reports.append(tally.finish())
-
-
-def _check_least(**settings: tuple[int, int]) -> None:
-    for name, (value, least) in settings.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def workers_needed(work_seconds_per_image: float, *, seconds_per_image: float) -> int:

@@ -25,6 +25,7 @@ from braceexpand import braceexpand
 
 from vitfreeze.data.downloads import DownloadCache, cut_query, is_remote
 from vitfreeze.data.errors import BadSampleError, ShardError
+from vitfreeze.files import replacing
 
 _log = logging.getLogger(__name__)
 
@@ -478,10 +479,9 @@ class ShardReader:
 def _write_index(index: ShardIndex, path: Path) -> None:
     """Store an index; a folder that cannot be written costs time at the next start and nothing else."""
     text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "complete": index.complete})
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path, shared=True) as partial, partial.open("wb") as file:
             np.savez(
                 file,
                 offsets=index.offsets,
@@ -489,9 +489,7 @@ def _write_index(index: ShardIndex, path: Path) -> None:
                 labels=index.labels,
                 text=np.frombuffer(text.encode(), dtype=np.uint8),
             )
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         _log.warning("the headers of the shards are read anew at each start: %s cannot be written (%s)", path, error)
 
 

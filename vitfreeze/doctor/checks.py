@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vitfreeze.doctor.facts import RankFacts
 from vitfreeze.doctor.findings import Finding
 from vitfreeze.gpu import cure_unfit_build, describe_unfit_build, is_built_for, number_of
-from vitfreeze.planner import format_bytes
 from vitfreeze.ranks import describe_ranks, group_ranks
+from vitfreeze.text import format_bytes
 
 MAX_CLOCK_SKEW_SECONDS = 1.0
 # A rank below this share of the fastest one holds the others up at every step.

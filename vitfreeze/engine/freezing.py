@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from vitfreeze.engine.units import GroupPlan, plan_groups
 
 log = logging.getLogger(__name__)
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,7 +61,7 @@ class EngineState:
     frozen_masters: Mapping[str, Tensor]  # on rank 0: fp32 weights of frozen parameters, as far as they are known
 
 
-class FreezingEngine:
+class FreezingEngine(Generic[ModelT]):
     """A DeepSpeed engine whose frozen layers are gone: ZeRO stage 0, 1 or 2 in fp32, bf16 or (1 and 2) fp16.
 
     Use it like DeepSpeed's own: call it, `backward`, `step`, once per micro-batch; `set_learning_rates` before the
@@ -86,7 +87,7 @@ class FreezingEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ModelT,
         *,
         ds_config: Mapping[str, Any] | str | Path,
         micro_batch: int,
@@ -109,7 +110,7 @@ class FreezingEngine:
                 accumulation,
             )
         self.ranks = join_ranks()
-        self.module = model.to(self.device)
+        self.module: ModelT = model.to(self.device)
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self._adam = {"betas": tuple(betas), "eps": eps}
         self._weight_decay = weight_decay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ def extract_features(
     *,
     block: int | None = None,
     global_pool: str = FinetuneConfig.global_pool,
-    dtype: torch.dtype | None = None,
     limit: int | None = None,
 ) -> Features:
     """Return the features of every image after one block, the last by default.
@@ -42,7 +41,7 @@ def extract_features(
     """
     chosen = model.depth if block is None else block
     return extract_block_features(
-        model, batches, blocks=(chosen,), global_pool=global_pool, dtype=dtype, limit=limit
+        model, batches, blocks=(chosen,), global_pool=global_pool, limit=limit
     )[chosen]  # fmt: skip
 
 
@@ -53,7 +52,6 @@ def extract_block_features(
     *,
     blocks: Sequence[int],
     global_pool: str = FinetuneConfig.global_pool,
-    dtype: torch.dtype | None = None,
     limit: int | None = None,
 ) -> dict[int, Features]:
     """Return the features of every image after each of the given blocks, in one pass over the images.
@@ -67,8 +65,6 @@ def extract_block_features(
         batches: uint8 images with labels, as `EvalLoader` yields them; they are normalised on the device.
         blocks: 1-based numbers of blocks, in rising order.
         global_pool: "avg", the mean of the patches, or "token", the class token (timm's words).
-        dtype: precision to compute in. None: each layer in that of its weights, on a CPU float32, because half
-            precision is slow there.
         limit: stop after this many images.
 
     Returns:
@@ -79,7 +75,7 @@ def extract_block_features(
     """
     check_argument("finetune.global_pool", global_pool)
     encoder = _Encoder(model, blocks=blocks, global_pool=global_pool)
-    weights = encoder.weights_in(dtype)
+    weights = encoder.converted_weights()
     device = model.cls_token.device
     rows: dict[int, list[Tensor]] = {block: [] for block in blocks}
     labels: list[Tensor] = []
@@ -120,13 +116,14 @@ class _Encoder(nn.Module):
         self.chosen = tuple(blocks)
         self.global_pool = global_pool
 
-    def weights_in(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Return the weights that are not in the wanted precision, converted; the model keeps its own."""
-        if dtype is None and cast(Tensor, self.model.cls_token).device.type == "cpu":
-            dtype = torch.float32
-        if dtype is None:
+    def converted_weights(self) -> dict[str, Tensor]:
+        """Return, on a CPU, weights in half precision as float32, because half is slow there; the model keeps its own.
+
+        On a GPU each layer computes in the precision of its weights.
+        """
+        if self.model.cls_token.device.type != "cpu":
             return {}
-        return {name: x.detach().to(dtype) for name, x in self.named_parameters() if x.dtype != dtype}
+        return {name: x.detach().float() for name, x in self.named_parameters() if x.dtype != torch.float32}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map (B, 3, H, W) to one (B, D) tensor per chosen block."""

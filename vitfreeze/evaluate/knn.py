@@ -46,19 +46,14 @@ def knn_accuracy(
     Raises:
         ValueError: shapes that do not fit, k outside 1 to N, or a temperature that is not positive.
     """
-    correct = count_correct(
-        train_features, train_labels, test_features, test_labels, k=k, temperature=temperature, chunk=chunk,
-        device=device,
-    )  # fmt: skip
+    train, test = Features(train_features, train_labels), Features(test_features, test_labels)
+    correct = _count_correct(train, test, k=k, temperature=temperature, chunk=chunk, device=device)
     return {neighbours: count / len(test_labels) for neighbours, count in correct.items()}
 
 
-@torch.no_grad()
-def count_correct(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+def _count_correct(
+    train: Features,
+    test: Features,
     *,
     k: Sequence[int],
     temperature: float = 0.07,
@@ -66,12 +61,12 @@ def count_correct(
     device: torch.device | None = None,
 ) -> dict[int, int]:
     """Return how many test images are classified rightly with each number of neighbours; see `knn_accuracy`."""
-    _check(train_features, train_labels, test_features, test_labels, k=k, temperature=temperature, chunk=chunk)
-    device = device or train_features.device
-    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    queries_MD = F.normalize(test_features.to(device, torch.float32), dim=1)
-    similarities_MK, neighbours_MK = _find_nearest(queries_MD, train_features, k=max(k), chunk=chunk)
-    classes_MK, labels_M = train_labels.to(device)[neighbours_MK], test_labels.to(device)
+    _check(train, test, k=k, temperature=temperature)
+    device = device or train.features.device
+    num_classes = int(torch.cat([train.labels, test.labels]).max()) + 1
+    queries_MD = F.normalize(test.features.to(device, torch.float32), dim=1)
+    similarities_MK, neighbours_MK = _find_nearest(queries_MD, train.features, k=max(k), chunk=chunk)
+    classes_MK, labels_M = train.labels.to(device)[neighbours_MK], test.labels.to(device)
     votes_MK = (similarities_MK / temperature).exp()
     correct = dict.fromkeys(k, 0)
     for count in k:
@@ -97,7 +92,7 @@ def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], ranks: 
         ValueError: as `knn_accuracy`.
     """
     bank = gather_features(train, ranks)
-    correct = count_correct(bank.features, bank.labels, test.features, test.labels, k=k, device=ranks.device)
+    correct = _count_correct(bank, test, k=k, device=ranks.device)
     *hits, images = ranks.sum(torch.tensor([*correct.values(), len(test.labels)])).tolist()
     return {count: hit / images for count, hit in zip(correct, hits, strict=True)}
 
@@ -120,27 +115,14 @@ def _find_nearest(queries_MD: Tensor, bank_ND: Tensor, *, k: int, chunk: int) ->
     return best_MK, index_MK
 
 
-def _check(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: Sequence[int],
-    temperature: float,
-    chunk: int,
-) -> None:
-    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            f"features have shapes {tuple(train_features.shape)} and {tuple(test_features.shape)}, expected two tables "
-            "of the same width"
-        )
-    if len(train_features) != len(train_labels) or len(test_features) != len(test_labels):
-        raise ValueError(
-            f"{len(train_labels)} and {len(test_labels)} labels for {len(train_features)} training and "
-            f"{len(test_features)} test images, expected one each"
-        )
-    if not k or min(k) < 1 or max(k) > len(train_features):
-        raise ValueError(f"k is {tuple(k)}, expected numbers from 1 to the {len(train_features)} training images")
-    if temperature <= 0 or chunk < 1:
-        raise ValueError(f"temperature {temperature:g} must be above 0 and chunk {chunk} at least 1")
+def _check(train: Features, test: Features, *, k: Sequence[int], temperature: float) -> None:
+    shapes = [tuple(part.features.shape) for part in (train, test)]
+    if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"features have shapes {shapes[0]} and {shapes[1]}, expected two tables of the same width")
+    counts = [len(part.labels) for part in (train, test)]
+    if counts != [shape[0] for shape in shapes]:
+        raise ValueError(f"{counts} labels for {[shape[0] for shape in shapes]} training and test images, not one each")
+    if not k or min(k) < 1 or max(k) > counts[0]:
+        raise ValueError(f"k is {tuple(k)}, expected numbers from 1 to the {counts[0]} training images")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature:g}, expected a number above 0")

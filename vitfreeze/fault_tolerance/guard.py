@@ -17,8 +17,8 @@ from vitfreeze.engine import FreezingEngine
 from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
 from vitfreeze.fault_tolerance.signals import StopSignals
 from vitfreeze.fault_tolerance.watchdog import Watchdog
-from vitfreeze.planner import format_bytes
 from vitfreeze.report import Reporter
+from vitfreeze.text import format_bytes
 
 logger = logging.getLogger("vitfreeze")
 

@@ -1,13 +1,12 @@
 """What freezing will save, before training; and what it did save, after."""
 
-from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement, is_comparable
+from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_measurement, is_comparable, quartiles
 from vitfreeze.planner.costs import ClassifierCosts, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, read_step_times
 from vitfreeze.planner.prediction import Machine, Plan, Stage, plan
 from vitfreeze.planner.targets import Target, solve_targets
 from vitfreeze.planner.text import (
-    format_bytes,
     format_comparison,
     format_plan,
     format_plans_side_by_side,
@@ -29,13 +28,13 @@ __all__ = [
     "compare_with_measurement",
     "costs_of",
     "fit_micro_batch",
-    "format_bytes",
     "format_comparison",
     "format_plan",
     "format_plans_side_by_side",
     "format_targets",
     "is_comparable",
     "plan",
+    "quartiles",
     "read_step_times",
     "scaling_efficiency",
     "solve_targets",

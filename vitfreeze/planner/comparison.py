@@ -77,7 +77,7 @@ def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: i
     settled = _settled(lines)
     speeds = [line["images_per_second"] for line in settled]
     speed = median(speeds)
-    slow, _, fast = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else (speed, speed, speed)
+    slow, fast = quartiles(speeds)
     return StageComparison(
         frozen_layers=stage.frozen_layers,
         steps=steps,
@@ -89,6 +89,12 @@ def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: i
         predicted_state_bytes=stage.optimizer_state_bytes,
         measured_state_bytes=lines[-1]["optimizer_state_bytes"],
     )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile; those of a single value are the value."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
+    return low, high
 
 
 def _settled(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -50,7 +50,7 @@ def read_step_times(path: Path) -> StepTimes:
     try:
         content = json.loads(path.read_text())
         step_ms = {int(row["frozen_layers"]): float(row["step_ms"]) for row in content["rows"]}
-        images = int(content["micro_batch"])
+        images = int(content["micro_batch"]) * int(content.get("accumulation", 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} does not hold what `vitfreeze bench step --json` prints: {error!r}") from None
     if 0 not in step_ms or len(step_ms) < 2 or min(step_ms.values()) <= 0 or images < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_accumulation, find_ds_config
@@ -101,10 +101,6 @@ class Plan:
     bandwidth_gigabytes: float | None
     authors: str
     notes: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """Return the plan as JSON for machines."""
-        return json.dumps(asdict(self), indent=1)
 
 
 def read_machine(config: Config, *, world_size: int) -> Machine:

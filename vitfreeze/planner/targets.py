@@ -97,7 +97,6 @@ def solve_targets(
     *,
     target_saving: float,
     images_per_epoch: int = IMAGENET_TRAIN_IMAGES,
-    steps_per_epoch: int | None = None,
     times: StepTimes | None = None,
 ) -> tuple[Target, ...]:
     """Find, for each `how`, the largest t_0 (to four decimals) that saves at least `target_saving` of the compute.
@@ -107,7 +106,7 @@ def solve_targets(
     """
     if not 0 < target_saving < 1:
         raise ConfigError(f"the target saving is {target_saving}, but it must lie strictly between 0 and 1")
-    per_epoch = steps_per_epoch or count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
+    per_epoch = count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
     schedule, costs = build_schedule(config, steps_per_epoch=per_epoch), costs_of(config)
     relative = [
         times.relative_cost(k, costs=costs) if times else costs.step_flops(k) / costs.step_flops(0)

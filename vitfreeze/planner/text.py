@@ -8,25 +8,7 @@ from collections.abc import Sequence
 from vitfreeze.planner.comparison import Comparison
 from vitfreeze.planner.prediction import Plan, Stage
 from vitfreeze.planner.targets import Target
-
-
-def format_bytes(count: float) -> str:
-    """Return a size as people say it: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows, the first a heading, in columns aligned to the right, the first to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+from vitfreeze.text import format_bytes, format_table
 
 
 def format_plan(plan: Plan) -> str:

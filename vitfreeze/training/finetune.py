@@ -26,11 +26,11 @@ from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.export import export_run
+from vitfreeze.files import read_json_lines
 from vitfreeze.model import Classifier
 from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
 from vitfreeze.ranks import Ranks
-from vitfreeze.report import read_json_lines
 from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.loop import run_task
 from vitfreeze.training.summary import print_closing
@@ -141,14 +141,14 @@ class Finetuning:
 
     def end_step(self, engine: FreezingEngine) -> None:
         """Move the average of the weights, if there is one."""
-        cast(Classifier, engine.module).update_average()
+        engine.module.update_average()
 
     def evaluate(self, engine: FreezingEngine) -> dict[str, float]:
         """Return top-1 and top-5 accuracy, from 0 to 1, and mean loss over all validation images of all ranks.
 
         With an average of the weights, `ema_top1` and `ema_top5` are what the average reaches.
         """
-        model = cast(Classifier, engine.module)
+        model = engine.module
         loader = open_split(
             self.config, "validation", rank=engine.rank, world_size=engine.world_size, num_classes=self.num_classes
         )

@@ -15,10 +15,11 @@ from vitfreeze.checkpoint import SaveSchedule
 from vitfreeze.data import Batch, TrainLoader
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
-from vitfreeze.planner import fit_micro_batch, format_bytes
+from vitfreeze.planner import fit_micro_batch
 from vitfreeze.ranks import Ranks
 from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import ScheduledStep, build_schedule
+from vitfreeze.text import format_bytes
 from vitfreeze.training.build import build_engine, open_training
 from vitfreeze.training.context import Run
 from vitfreeze.training.start import RunFolder, Start, choose_start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
@@ -89,7 +88,7 @@ class Pretraining:
         """Return the k-NN accuracy on held-out images, unless that would take too much of the time."""
         if self._probe is None:
             self._probe = Probe(self.config, ranks=engine.ranks)
-        return self._probe.measure(cast(LocalMIM, engine.module))
+        return self._probe.measure(engine.module)
 
     def draw(self, engine: FreezingEngine) -> Tensor | None:
         """Return the reconstruction of the same few images, with the same masks, every time."""
@@ -98,11 +97,9 @@ class Pretraining:
         if self._shown is None:
             loader = open_split(self.config, "validation" if self.config.data.val else "train")
             self._shown = next(iter(loader)).images[:SHOWN_IMAGES]
-        panels = make_panels(
-            cast(LocalMIM, engine.module), self._shown.to(engine.device), frozen_layers=engine.frozen_layers
-        )
+        panels = make_panels(engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers)
         return to_pixels(draw_figure(panels))
 
     def close(self, directory: Path, engine: FreezingEngine) -> None:
         """Export the encoder, compare it with a random one, plot, and print the closing table."""
-        close_run(self.config, directory, model=cast(LocalMIM, engine.module), fresh_model=build_model(self.config))
+        close_run(self.config, directory, model=engine.module, fresh_model=build_model(self.config))

@@ -15,6 +15,7 @@ from typing import Any
 from vitfreeze.checkpoint import folder
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint
 from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_config
+from vitfreeze.files import replace_durably
 from vitfreeze.ranks import Ranks
 from vitfreeze.report import Reporter
 from vitfreeze.training.state import read_resumed_from
@@ -147,7 +148,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> dict[str, Any]:
         folder.write_pointer(own.path.parent, own.path.name)
     for damaged, _ in own.rejected if own else ():
         folder.set_aside(Path(damaged))
-    folder.replace_durably(directory / folder.CONFIG, dump_config(config).encode())
+    replace_durably(directory / folder.CONFIG, dump_config(config).encode())
     path, rejected = (str(chosen.path), chosen.rejected) if chosen else ("", ())
     return {"path": path, "rejected": rejected, "reason": reason, "resumed_from": begun_from}
 

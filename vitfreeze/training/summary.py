@@ -13,10 +13,11 @@ from vitfreeze.data import open_split
 from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
 from vitfreeze.export import export_run
+from vitfreeze.files import read_json_lines
 from vitfreeze.model import LocalMIM
-from vitfreeze.planner import compare_run, format_bytes, format_comparison, is_comparable
+from vitfreeze.planner import compare_run, format_comparison, is_comparable
 from vitfreeze.plots import plot_run
-from vitfreeze.report import format_closing_table, read_json_lines
+from vitfreeze.text import format_bytes, format_table
 
 logger = logging.getLogger("vitfreeze")
 
@@ -82,8 +83,9 @@ def closing_table(metrics: Sequence[Mapping[str, Any]]) -> str:
         first, last = (statistics.median(line[key] for line in lines) for lines in (before, after))
         return name, show(first), show(last), f"{last / first:.2f}"
 
-    return format_closing_table(
+    return format_table(
         [
+            ("", "before first freeze", "after last freeze", "ratio"),
             ("frozen layers", str(fewest), str(most), ""),
             row("images/s", "images_per_second", "{:.1f}".format),
             row("step time", "step_seconds", lambda seconds: f"{1000 * seconds:.0f} ms"),
