@@ -122,6 +122,11 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", default="avg", help="avg: mean of the patches (default); token: the class token")
     parser.add_argument("--limit", type=int, help="images of each split and rank; default: all")
     parser.add_argument("--workers", type=int, help="decoding processes; default: as the run")
+    _add_allow_pipe(parser)
+
+
+def _add_allow_pipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-pipe", action="store_true", help="allow 'pipe:' shards, which run a shell command")
 
 
 def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
@@ -129,7 +134,7 @@ def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
 
     return EvaluationData(
         train=tuple(parsed.train), val=tuple(parsed.val), blocks=tuple(parsed.blocks), all_blocks=parsed.all_blocks,
-        global_pool=parsed.pool, limit=parsed.limit, workers=parsed.workers,
+        global_pool=parsed.pool, limit=parsed.limit, workers=parsed.workers, allow_pipe=parsed.allow_pipe,
     )  # fmt: skip
 
 
@@ -360,6 +365,7 @@ def _add_bench_data(parts: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--step-images", type=int, metavar="N", help="images per rank in such a step")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_allow_pipe(parser)
     parser.set_defaults(handler=_bench_data)
 
 
@@ -380,6 +386,7 @@ def _bench_data(parsed: argparse.Namespace) -> int:
         img_size=parsed.img_size,
         workers=parsed.workers,
         rounds=parsed.rounds,
+        allow_pipe=parsed.allow_pipe,
         **speed,
     )
     print(json.dumps(result.to_dict(), indent=1) if parsed.json else format_data_benchmark(result))
