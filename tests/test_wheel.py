@@ -21,12 +21,14 @@ PARTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "c
 FOLDERS = ("vitfreeze", "data_prep", "ds_configs")
 DS_CONFIGS = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
+# What would lead back to the checkout, and what runs of this process have said about ranks.
+INHERITED = {"PYTHONPATH", "PYTHONSAFEPATH", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 Run = Callable[..., str]
 
 
 def call(*command: str | Path, cwd: Path, path: str = "") -> str:
     """Run a command far from the checkout and return what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
     environment |= {"PYTHONPATH": path} if path else {}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -109,7 +111,7 @@ def test_the_wheel_packs_and_trains(run: Run, installed: Path, tmp_path: Path) -
     assert "all checks passed" in run("vitfreeze-data", "verify", "shards/demo")
     module = call(sys.executable, "-m", "data_prep", "verify", "shards/demo", cwd=tmp_path, path=str(installed))
     assert "all checks passed" in module
-    settings = ("run.length=12 steps", "batch.global_size=8", "data.workers=0", "run.show_every=0", "eval.samples=8")
+    settings = ("run.length=12 steps", "batch.global_size=8", "data.workers=0", "run.show_every=0", "eval.samples=16")
     run("vitfreeze", "pretrain", "demo", *settings)
     assert (tmp_path / "runs" / "demo" / "metrics.jsonl").stat().st_size
 
