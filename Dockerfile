@@ -28,7 +28,7 @@ RUN test -n "${TORCH_INDEX}" || { echo "give --build-arg TORCH_INDEX, see the he
     && pip install --extra-index-url "${TORCH_INDEX}/${CUDA}" --constraint constraints.txt torch torchvision \
     && python -c "import torch; assert torch.version.cuda.replace('.', '') == '${CUDA#cu}', torch.version.cuda"
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY vitfreeze vitfreeze
 COPY data_prep data_prep
 COPY ds_configs ds_configs

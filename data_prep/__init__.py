@@ -1,4 +1,4 @@
-"""ImageNet's archives, or any folder of images, to WebDataset shards; the command line is `python -m data_prep`.
+"""ImageNet's archives, or any folder of images, to WebDataset shards; the command line is `vitfreeze-data`.
 
 This package stands alone: it imports nothing of vitfreeze, and the shards it writes are read by WebDataset, timm and
 open_clip as they are.

@@ -1,4 +1,4 @@
-"""The command line: `python -m data_prep {imagenet,folder,demo,verify,describe}`."""
+"""The command line: `vitfreeze-data {imagenet,folder,demo,verify,describe}`, or `python -m data_prep ...`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from data_prep.workers import default_workers
 
 SHOWN_PROBLEMS = 10  # of one shard
 EPILOG = """examples:
-  python -m data_prep imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
+  vitfreeze-data imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
       --devkit ILSVRC2012_devkit_t12.tar.gz --out shards/imagenet
-  python -m data_prep imagenet --kaggle imagenet-object-localization-challenge --out shards/imagenet
-  python -m data_prep folder my_photos --out shards/photos --resize-shorter 288 --quality 90
-  python -m data_prep demo --out shards/demo
-  python -m data_prep verify shards/imagenet
-  python -m data_prep describe shards/imagenet
+  vitfreeze-data imagenet --kaggle imagenet-object-localization-challenge --out shards/imagenet
+  vitfreeze-data folder my_photos --out shards/photos --resize-shorter 288 --quality 90
+  vitfreeze-data demo --out shards/demo
+  vitfreeze-data verify shards/imagenet
+  vitfreeze-data describe shards/imagenet
 
-A command that was stopped, even killed, goes on where it was when it is given again.
+From a checkout, `python -m data_prep` is the same. A command that was stopped, even killed, goes on where it
+was when it is given again.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep",
+        prog="vitfreeze-data",
         description="Turn ImageNet's archives, or any folder of images, into WebDataset shards.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,11 +14,15 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}
 
 say() { printf '\n==> %s\n' "$*"; }
 
-# Where torch comes from is the user's to say: V100s need its CUDA 12.6 build, which the default index does not have.
+# Which torch, and where it comes from, is the user's to say: V100s need its CUDA 12.6 build, which the default index
+# does not have, and a driver or a cluster may ask for another version than the pinned one.
 install_environment() {
     local stamp wanted lock
     stamp=$venv/installed
-    wanted=$({ cat "$root/pyproject.toml" "$root/constraints.txt" && echo "${TORCH_INDEX_URL:-}"; } | sha256sum)
+    wanted=$(
+        { cat "$root/pyproject.toml" "$root/constraints.txt" &&
+            echo "${TORCH_INDEX_URL:-}${TORCH_VERSION:+ torch $TORCH_VERSION}"; } | sha256sum
+    )
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
     fi
@@ -42,21 +46,35 @@ install_environment() {
         say "Making the virtual environment $venv"
         "$python" -m venv "$venv"
     fi
-    say "Installing vitfreeze with the versions of constraints.txt (several GB the first time, some minutes)"
-    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
-        # pip prefers 2.14.1+cu126 of that index to the plain 2.14.1, but not when this is installed already
-        "$venv/bin/python" -m pip uninstall --quiet --yes torch torchvision
-        "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --extra-index-url "$TORCH_INDEX_URL" \
-            --constraint "$root/constraints.txt" torch torchvision
-    fi
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --constraint "$root/constraints.txt" \
-        --editable "${root}[test]"
+    say "Installing vitfreeze with the versions of constraints.txt${TORCH_VERSION:+ and torch $TORCH_VERSION}" \
+        "(several GB the first time, some minutes)"
+    install_packages
     say "Compiling DeepSpeed's communication kernel for CPUs (about a minute)"
     DS_ACCELERATOR=cpu "$venv/bin/python" -W ignore -c \
         'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null 2>"$venv/kernel.log" ||
         { cat "$venv/kernel.log" >&2; exit 1; }
     printf '%s\n' "$wanted" >"$stamp"
     exec {lock}>&-
+}
+
+# Install the packages; torch's version decides torchvision's, and torch 2.11 to 2.13 ask for an older setuptools.
+install_packages() {
+    local constraints=$root/constraints.txt pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+    if [[ -n ${TORCH_VERSION:-} ]]; then
+        constraints=$venv/constraints.txt
+        grep -vE '^(torch|torchvision|setuptools)==' "$root/constraints.txt" >"$constraints"
+        echo "torch==$TORCH_VERSION" >>"$constraints"
+    fi
+    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+        # pip prefers 2.14.1+cu126 of that index to the plain 2.14.1, but not when this is installed already
+        "${pip[@]}" uninstall --yes torch torchvision
+        "${pip[@]}" install --extra-index-url "$TORCH_INDEX_URL" --constraint "$constraints" torch torchvision
+    fi
+    "${pip[@]}" install --constraint "$constraints" --editable "${root}[test]" || {
+        echo "The packages cannot be installed${TORCH_VERSION:+ with TORCH_VERSION=$TORCH_VERSION}: see what pip says" \
+            "above; pyproject.toml has the range of torch that vitfreeze takes." >&2
+        exit 2
+    }
 }
 
 # Number of processes to start on this machine: one for each GPU that may be used, or two on a machine without.

@@ -129,6 +129,56 @@ def test_a_dead_host_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert "--exclude no-such-host.invalid" in result.stderr
 
 
+PYTHON = """#!/bin/bash
+echo "$@" >>"$(dirname "$0")/calls"
+[[ $1 != -m || $3 != "${FAILING:-}" ]] || exit 1
+"""
+
+
+def install(venv: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Install into an environment whose python only notes what it is asked for; return the outcome and the notes."""
+    python = venv / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (venv / "bin" / "calls").unlink(missing_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
+    done = subprocess.run(
+        ["bash", "-euc", f'source "{LAUNCH}/environment.sh"; install_environment'],
+        capture_output=True, text=True, check=False,
+        env={**kept, "VITFREEZE_VENV": str(venv), "PYTHON": sys.executable, **variables},
+    )  # fmt: skip
+    calls = venv / "bin" / "calls"
+    return done, calls.read_text() if calls.exists() else ""
+
+
+def test_another_torch_can_be_installed(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("THE CHOICE OF TORCH IS NOT TESTED: there is no g++")
+    venv, pins = tmp_path / "venv", (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"--constraint {ROOT}/constraints.txt" in install(venv)[1]
+    assert install(venv)[1] == "", "what is installed is not installed again"
+    done, calls = install(venv, TORCH_VERSION="2.11.0")
+    assert done.returncode == 0, done.stderr
+    assert f"--constraint {venv}/constraints.txt --editable {ROOT}[test]" in calls
+    chosen = (venv / "constraints.txt").read_text().splitlines()
+    assert set(chosen) - set(pins) == {"torch==2.11.0"}
+    assert {pin.partition("==")[0] for pin in set(pins) - set(chosen)} == {"torch", "torchvision", "setuptools"}
+    assert install(venv, TORCH_VERSION="2.11.0")[1] == ""
+    calls = install(venv, TORCH_VERSION="2.11.0", TORCH_INDEX_URL="https://example.invalid/cu126")[1]
+    assert f"--extra-index-url https://example.invalid/cu126 --constraint {venv}/constraints.txt torch" in calls
+    assert f"--constraint {ROOT}/constraints.txt" in install(venv)[1], "back to the pinned one"
+
+
+def test_a_torch_that_there_is_not_gets_one_sentence(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("THE CHOICE OF TORCH IS NOT TESTED: there is no g++")
+    done, _ = install(tmp_path / "venv", TORCH_VERSION="1.0", FAILING="--disable-pip-version-check")
+    assert done.returncode == 2
+    assert "cannot be installed with TORCH_VERSION=1.0: see what pip says above" in done.stderr
+    assert not (tmp_path / "venv" / "installed").exists()
+
+
 PROGRAM = """
 import signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: {handler})

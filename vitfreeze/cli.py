@@ -155,6 +155,11 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", help="avg: mean of the patches (default); token: the class token")
     parser.add_argument("--limit", type=int, help="images of each split and rank; default: all")
     parser.add_argument("--workers", type=int, help="decoding processes; default: as the run")
+    _add_allow_pipe(parser)
+
+
+def _add_allow_pipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-pipe", action="store_true", help="allow 'pipe:' shards, which run a shell command")
 
 
 def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
@@ -162,7 +167,7 @@ def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
 
     return EvaluationData(
         train=tuple(parsed.train), val=tuple(parsed.val), blocks=tuple(parsed.blocks), all_blocks=parsed.all_blocks,
-        limit=parsed.limit, workers=parsed.workers, **_given(global_pool=parsed.pool),
+        limit=parsed.limit, workers=parsed.workers, allow_pipe=parsed.allow_pipe, **_given(global_pool=parsed.pool),
     )  # fmt: skip
 
 
@@ -388,6 +393,7 @@ def _add_bench_data(parts: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--step-seconds", type=float, metavar="S", help="time of a step: how many workers feed it?")
     parser.add_argument("--step-images", type=int, metavar="N", help="images per rank in such a step")
     _add_json(parser)
+    _add_allow_pipe(parser)
 
 
 def _bench_data(parsed: argparse.Namespace) -> int:
@@ -400,7 +406,7 @@ def _bench_data(parsed: argparse.Namespace) -> int:
     speed = {} if not parsed.step_seconds else {"device_images_per_second": parsed.step_images / parsed.step_seconds}
     result = run_data_benchmark(
         parsed.shards, split=parsed.split, images=parsed.images, img_size=parsed.img_size, workers=parsed.workers,
-        rounds=parsed.rounds, **speed,
+        rounds=parsed.rounds, allow_pipe=parsed.allow_pipe, **speed,
     )  # fmt: skip
     return _print_result(result, format_data_benchmark(result), as_json=parsed.json)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
+import os
 import re
 import types
 import typing
@@ -23,9 +25,10 @@ import yaml
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize, cell_sizes, tap_blocks
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
-DS_CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+COMMAND_LINE = "the command line"
 Origins = Mapping[str, str]
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -114,14 +117,18 @@ _NOUNS = {
 
 def option(
     default: T, help_text: str, within: Range | None = None, *, unit: str = "", choices: Sequence[str] = (),
-    may_change: bool = False,
+    may_change: bool = False, is_path: bool = False, is_permission: bool = False,
 ) -> T:  # fmt: skip
     """Declare a setting with its one-line explanation and its rule, which is told nowhere else.
 
     Numbers lie `within` a range and count `unit`; a duration may be given in each `unit` of a list; a text is one of
-    `choices`. `may_change` settings may differ when a run is resumed.
+    `choices`. `may_change` settings may differ when a run is resumed. In a path a leading '~' is the user's home. Only
+    the command line of the very call can grant a permission: it is neither read from a file nor written into one.
     """
-    metadata = {"help": help_text, "within": within, "unit": unit, "choices": choices, "may_change": may_change}
+    metadata = {
+        "help": help_text, "within": within, "unit": unit, "choices": choices, "may_change": may_change,
+        "is_path": is_path, "is_permission": is_permission,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -170,7 +177,9 @@ class ModelConfig:
     )
     activation_checkpointing: bool = option(False, "recompute active blocks to save memory", may_change=True)
     compile: bool = option(False, "torch.compile each block", may_change=True)
-    init_from: str = option("", "first weights: a run, an export, LocalMIM's or MAE's .pth, timm:NAME", may_change=True)
+    init_from: str = option(
+        "", "first weights: a run, an export, LocalMIM's or MAE's .pth, timm:NAME", may_change=True, is_path=True
+    )
 
     def resolve(self) -> ModelSize:
         """Return the dimensions: the row of the size table with the overrides applied."""
@@ -192,8 +201,13 @@ class DataConfig:
         (0.2, 1.0), "area of the random crop as a share of the image", Range(0, 1, open_low=True, rising=True)
     )
     max_bad_fraction: float = option(0.001, "share of samples that may fail to decode before the run ends", SHARE)
-    allow_pipe: bool = option(False, "allow 'pipe:' URLs, which run a shell command", may_change=True)
-    cache_dir: str = option("", "folder for fetched remote shards; default: the user's cache", may_change=True)
+    allow_pipe: bool = option(
+        False, "allow 'pipe:' shards, which run a shell command; on the command line only, of every call",
+        may_change=True, is_permission=True,
+    )  # fmt: skip
+    cache_dir: str = option(
+        "", "folder for fetched remote shards; default: the user's cache", may_change=True, is_path=True
+    )
     cache_gigabytes: float = option(200.0, "size at which the oldest fetched shards go", ABOVE_0, may_change=True)
 
 
@@ -265,8 +279,8 @@ class RunConfig:
     )
     length: Duration = option(Duration(100, "epochs"), "how long to train", ABOVE_0, unit="steps, epochs")
     seed: int = option(0, "seed of weights, sample order, crops and masks", Range(0, 2**31 - 1))
-    dir: str = option("", "run folder; default: runs/<recipe>", may_change=True)
-    ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True)
+    dir: str = option("", "run folder; default: runs/<recipe>", may_change=True, is_path=True)
+    ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True, is_path=True)
     log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, unit="steps", may_change=True)
     show_every: Duration = option(
         Duration(0.1, "fraction"), "how often TensorBoard gets reconstructions; 0: never", unit=IN_RUN, may_change=True
@@ -291,7 +305,9 @@ class CheckpointConfig:
 class ResumeConfig:
     """Where the run goes on from."""
 
-    from_: str = option("", "checkpoint to start from instead of the newest in the run folder", may_change=True)
+    from_: str = option(
+        "", "checkpoint to start from instead of the newest in the run folder", may_change=True, is_path=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,17 +389,51 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe by name or path, apply `section.key=value` overrides, and check the result.
 
     Raises:
-        ConfigError: the recipe is not found, a key is unknown, or a value cannot be used.
+        ConfigError: the recipe is not found, a key is unknown, a value cannot be used, or the recipe grants what only
+            a command line can.
     """
     path = find_recipe(recipe)
-    values = {key: (value, where) for key, value, where in _read_recipe(path)}
+    values: dict[str, tuple[Any, str]] = {}
+    for key, value, where in _read_recipe(path):
+        if _is_granted_by_file(key, value):
+            raise ConfigError(_describe_grant(key, value, where))
+        values[key] = (value, where)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or "." not in key:
             raise ConfigError(f"{override!r} is not an override; write section.key=value, as in freeze.t_0=0.9")
         with _reading_yaml(f"the override {override!r}"):
-            values[key.strip()] = (yaml.safe_load(text), "the command line")
+            values[key.strip()] = (yaml.safe_load(text), COMMAND_LINE)
     return build_config(values, recipe=path.stem)
+
+
+def load_run_config(path: Path) -> Config:
+    """Read the config.yaml that a run wrote down.
+
+    What it grants does not count, and a warning says so: older versions wrote `data.allow_pipe: true` there, and such
+    a run must stay readable, but the folder may as well be a stranger's.
+
+    Raises:
+        ConfigError: there is no such file, a key is unknown, or a value cannot be used.
+    """
+    values: dict[str, tuple[Any, str]] = {}
+    for key, value, where in _read_recipe(find_recipe(path)):
+        if _is_granted_by_file(key, value):
+            _log.warning("%s", _describe_grant(key, value, where))
+        else:
+            values[key] = (value, where)
+    return build_config(values, recipe=path.stem)
+
+
+def _is_granted_by_file(key: str, value: object) -> bool:
+    return key in PERMISSIONS and value is not False
+
+
+def _describe_grant(key: str, value: object, where: str) -> str:
+    return (
+        f"{key} is {value!r} in {where}, but a file cannot allow that: whoever means it says {key}=true on the command "
+        "line of each call"
+    )
 
 
 def build_config(values: Mapping[str, tuple[Any, str]], *, recipe: str) -> Config:
@@ -395,7 +445,8 @@ def build_config(values: Mapping[str, tuple[Any, str]], *, recipe: str) -> Confi
         if section not in sections or _field_name(name) not in hints[section]:
             raise ConfigError(f"unknown setting {key!r} (set in {origin}); did you mean {_nearest(key)!r}?")
         try:
-            sections[section][_field_name(name)] = _convert(value, hints[section][_field_name(name)], key=key)
+            converted = _convert(value, hints[section][_field_name(name)], key=key)
+            sections[section][_field_name(name)] = os.path.expanduser(converted) if key in _PATHS else converted
         except ValueError as error:
             raise ConfigError(f"{key} is {value!r}; allowed: {error} (set in {origin})") from None
     parts = {name: type(getattr(Config(), name))(**given) for name, given in sections.items()}
@@ -447,11 +498,19 @@ def find_ds_config(name: str) -> Path:
     Raises:
         ConfigError: there is no such file.
     """
-    path = Path(name) if name.endswith(".json") else DS_CONFIG_FOLDER / f"{name}.json"
+    folder = find_ds_config_folder()
+    path = Path(name) if name.endswith(".json") else folder / f"{name}.json"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in DS_CONFIG_FOLDER.glob("*.json"))) or f"none in {DS_CONFIG_FOLDER}"
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or f"none in {folder}"
         raise ConfigError(f"run.ds_config is {name!r}; allowed: a .json file that exists, or one of {names}")
     return path
+
+
+def find_ds_config_folder() -> Path:
+    """Return ds_configs/: inside the package where a wheel put it, and beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    packed = package / "ds_configs"
+    return packed if packed.is_dir() else package.parent / "ds_configs"
 
 
 def check_config(config: Config) -> None:
@@ -548,11 +607,12 @@ def settings(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]
 
 
 def dump_config(config: Config) -> str:
-    """Return the resolved configuration as a YAML recipe that `load_config` reads back unchanged."""
+    """Return the resolved configuration as a YAML recipe that `load_config` reads back; permissions are left out."""
     tree: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, value, _ in settings(config):
         section, name = key.split(".")
-        tree[section][name] = _plain(value)
+        if key not in PERMISSIONS:
+            tree[section][name] = _plain(value)
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
 
 
@@ -632,6 +692,10 @@ def _field_name(name: str) -> str:
 
 def _yaml_name(name: str) -> str:
     return "from" if name == "from_" else name
+
+
+PERMISSIONS = frozenset(key for key, _, option_field in settings(Config()) if option_field.metadata["is_permission"])
+_PATHS = frozenset(key for key, _, option_field in settings(Config()) if option_field.metadata["is_path"])
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitfreeze.architecture import FreezeUnit, count_layers
-from vitfreeze.config import Config, ConfigError, load_config
+from vitfreeze.config import Config, ConfigError, load_run_config
 from vitfreeze.files import read_json_lines
 from vitfreeze.planner import Comparison, Plan, compare_run, is_comparable, plan
 from vitfreeze.schedule import RunSchedule, build_schedule, units_of
@@ -59,7 +59,7 @@ def plot_run(run_dir: Path, path: Path) -> Path:
     if not metrics:
         raise ConfigError(f"{run_dir} holds no metrics.jsonl with a logged step, so there is nothing to draw")
     events = read_json_lines(run_dir / "events.jsonl")
-    config = load_config(run_dir / "config.yaml")
+    config = load_run_config(run_dir / "config.yaml")
     comparable = is_comparable(metrics)
     rows = 4 if comparable else 3
     figure, axes = _new_figure(rows=rows, columns=2, size=(12, 3.25 * rows), heights=(1,) * rows)

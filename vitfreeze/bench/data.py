@@ -93,6 +93,7 @@ def run_data_benchmark(
     device_images_per_second: float = FAST_DEVICE_IMAGES_PER_SECOND,
     split: str = "train",
     cache_dir: str | PathLike[str] | None = None,
+    allow_pipe: bool = False,
 ) -> DataBenchmark:
     """Measure the input pipeline on some shards.
 
@@ -106,6 +107,7 @@ def run_data_benchmark(
         device_images_per_second: what the device takes, for the number of workers it needs.
         split: which split of a folder's `_info.json`.
         cache_dir: as for `TrainLoader`.
+        allow_pipe: whether the user's command line allows shards that are shell commands.
 
     Raises:
         ValueError: a number is not positive, or the shards hold fewer images than a batch.
@@ -123,7 +125,7 @@ def run_data_benchmark(
         global_batch=batch_size,
         micro_batch=batch_size,
         split=split,
-        options=ReadOptions(workers=workers, max_bad_fraction=1, cache_dir=cache_dir),
+        options=ReadOptions(workers=workers, max_bad_fraction=1, cache_dir=cache_dir, allow_pipe=allow_pipe),
     )
     steps = max(2, min(images // batch_size, loader.steps_per_epoch))
     if loader.steps_per_epoch < 2:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitfreeze.config import Config, load_config
+from vitfreeze.config import Config, load_run_config
 from vitfreeze.files import replace_durably, write_durably
 
 logger = logging.getLogger("vitfreeze")
@@ -74,7 +74,7 @@ class Checkpoint:
 
     def read_config(self) -> Config:
         """Return the configuration of the run that wrote it; raises ConfigError when it cannot be used."""
-        return load_config(self.path / CONFIG)
+        return load_run_config(self.path / CONFIG)
 
 
 def checkpoint_name(step: int, *, parent: Path) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vitfreeze.config import Config, derive_accumulation
+from vitfreeze.data.addresses import is_remote
 from vitfreeze.data.augmentation import Transform
-from vitfreeze.data.downloads import is_remote
 from vitfreeze.data.loading import EvalLoader, ReadOptions, TrainLoader
 
 EVAL_BATCH_SIZE = 64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import logging
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from vitfreeze.data.addresses import WEB_SCHEMES, Address, Kind, cut_query, read_address
 from vitfreeze.data.errors import ShardError
 
 _log = logging.getLogger(__name__)
@@ -24,18 +25,7 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 _TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 1 << 20
-
-
-def is_remote(name: str) -> bool:
-    """Whether a shard's name is a URL (or a pipe) rather than a path."""
-    return name.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None
-
-
-def cut_query(name: str) -> str:
-    """Return a URL without user, query and fragment, which may hold secrets; a path as it is."""
-    if not is_remote(name) or name.startswith("pipe:"):
-        return name
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", name)[0])
+_NAME_DIGITS = 40
 
 
 def default_cache_dir() -> Path:
@@ -53,23 +43,26 @@ class DownloadCache:
     Args:
         folder: where the files are kept.
         max_bytes: bound on their sum. The newest file stays even when it alone is larger.
+        allow_pipe: whether the user's command line allows commands in the place of URLs.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: float) -> None:
+    def __init__(self, folder: Path, *, max_bytes: float, allow_pipe: bool = False) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
+        self.allow_pipe = allow_pipe
 
     def open(self, url: str) -> BinaryIO:
         """Open a file for reading, fetching it if it is not here.
 
         Raises:
-            ShardError: it cannot be fetched.
+            ShardError: it cannot be fetched, or is a command that is not allowed.
         """
+        address = read_address(url, allow_pipe=self.allow_pipe)
         path = self.path(url)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not path.is_file():
-                self._fetch(url, path)
+                self._fetch(address, path)
                 self._shrink(keep=path)
             file = path.open("rb")
         os.utime(path)
@@ -77,7 +70,7 @@ class DownloadCache:
 
     def path(self, url: str) -> Path:
         """Return where a URL's file is kept."""
-        return self.folder / (hashlib.sha256(url.encode()).hexdigest()[:40] + ".tar")
+        return self.folder / (hashlib.sha256(url.encode()).hexdigest()[:_NAME_DIGITS] + ".tar")
 
     def forget(self, url: str) -> None:
         """Remove a file that proved unusable, so that it is fetched again next time."""
@@ -91,35 +84,36 @@ class DownloadCache:
             ShardError: the other side cannot be reached.
         """
         try:
-            with _open_url(url) as stream:
+            with _open_url(read_address(url)) as stream:
                 return stream.read(64 << 20)
         except FileNotFoundError:
             return None
         except urllib.error.HTTPError as error:
             if error.code in (403, 404, 410):  # object stores answer 403 for what does not exist
                 return None
-            raise ShardError(f"{cut_query(url)} cannot be read: {error}") from error
+            raise ShardError(f"{cut_query(url)} cannot be read: {_one_line(error)}") from error
         except OSError as error:
-            raise ShardError(f"{cut_query(url)} cannot be read: {error}") from error
+            raise ShardError(f"{cut_query(url)} cannot be read: {_one_line(error)}") from error
 
-    def _fetch(self, url: str, path: Path) -> None:
+    def _fetch(self, address: Address, path: Path) -> None:
+        url = address.name
         partial = path.with_suffix(".partial")
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                _copy_url(url, partial)
+                _copy(address, partial)
                 partial.replace(path)
                 return
             except (OSError, EOFError) as error:
                 partial.unlink(missing_ok=True)
                 if attempt == _ATTEMPTS or _is_final(error):
-                    raise ShardError(f"shard {cut_query(url)} cannot be fetched: {error}") from error
+                    raise ShardError(f"shard {cut_query(url)} cannot be fetched: {_one_line(error)}") from error
                 _log.warning("fetching %s failed (%s); trying again", cut_query(url), error)
                 time.sleep(2**attempt / 4)
 
     def _shrink(self, *, keep: Path) -> None:
         with _locked(self.folder / "shrink.lock"):
             files = []
-            for path in self.folder.glob("*.tar"):
+            for path in self.folder.glob("[0-9a-f]" * _NAME_DIGITS + ".tar"):  # nobody else's, whatever the folder
                 try:
                     stat = path.stat()
                 except FileNotFoundError:  # another process forgot it meanwhile
@@ -132,6 +126,10 @@ class DownloadCache:
                 if path != keep:
                     path.unlink(missing_ok=True)
                     total -= size
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _is_final(error: Exception) -> bool:
@@ -148,15 +146,16 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _copy_url(url: str, path: Path) -> None:
-    """Fetch a URL into a file and wait until it is on the disk."""
+def _copy(address: Address, path: Path) -> None:
+    """Fetch what an address stands for into a file and wait until it is on the disk."""
     with path.open("wb") as file:
-        if url.startswith("pipe:"):
-            _copy_pipe(url.removeprefix("pipe:"), file)
+        if address.kind is Kind.COMMAND:
+            _copy_pipe(address.target, file)
         else:
-            with _open_url(url) as stream:
+            with _open_url(address) as stream:
                 shutil.copyfileobj(stream, file, _CHUNK_BYTES)
-                announced = stream.headers.get("Content-Length") if url.startswith("http") else None  # type: ignore[attr-defined]
+                is_web = address.scheme in WEB_SCHEMES
+                announced = stream.headers.get("Content-Length") if is_web else None  # type: ignore[attr-defined]
             if announced is not None and file.tell() != int(announced):
                 raise EOFError(f"{file.tell():,} of {int(announced):,} bytes came")
         file.flush()
@@ -164,18 +163,22 @@ def _copy_url(url: str, path: Path) -> None:
 
 
 def _copy_pipe(command: str, file: BinaryIO) -> None:
-    """Run a shell command and keep its output; only reached when the user allows 'pipe:'."""
+    """Run a shell command and keep its output: the one place where the package runs what a name says."""
     code = subprocess.run(command, shell=True, stdout=file, check=False).returncode
     if code:
         raise EOFError(f"the command ended with status {code}")
 
 
-def _open_url(url: str) -> AbstractContextManager[BinaryIO]:
-    if url.startswith(("http://", "https://")):
-        return closing(urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS))
-    import fsspec  # loaded here: it takes a while, and only object stores and the hub need it
-
+def _open_url(address: Address) -> AbstractContextManager[BinaryIO]:
+    """Open a URL for reading; raises ShardError for one that is malformed, or whose file system is not installed."""
+    url = address.target
+    if address.kind is not Kind.URL:
+        raise ShardError(f"{address.name!r} is a {address.kind.value}, not a URL")
     try:
+        if address.scheme in WEB_SCHEMES:
+            return closing(urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS))
+        import fsspec  # loaded here: it takes a while, and only object stores and the hub need it
+
         return fsspec.open(url, "rb")
-    except (ImportError, ValueError) as error:
-        raise ShardError(f"{cut_query(url)} cannot be opened: {error}") from error
+    except (ImportError, ValueError, http.client.InvalidURL) as error:
+        raise ShardError(f"{cut_query(url)} cannot be opened: {_one_line(error)}") from error

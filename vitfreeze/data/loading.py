@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitfreeze.config import DataConfig, RunConfig, check_argument
+from vitfreeze.data.addresses import is_remote
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
-from vitfreeze.data.downloads import DownloadCache, default_cache_dir, is_remote
+from vitfreeze.data.downloads import DownloadCache, default_cache_dir
 from vitfreeze.data.epoch_report import EpochReport, EpochTally, SkippedSample
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder
@@ -72,7 +73,7 @@ class ReadOptions:
         max_bad_fraction: share of an epoch's samples that may be unusable; an error as soon as this rank alone meets
             more. Over several ranks, `merge_reports` decides.
         max_image_pixels: largest image that is decoded.
-        allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command.
+        allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command; the user's command line alone decides.
         cache_dir: folder for fetched shards and for the shards' headers; None: the user's cache.
         cache_gigabytes: bound on the fetched shards.
     """
@@ -109,7 +110,9 @@ class _Loader:
         folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
         self.reader = ShardReader(
             find_shards(shards, split=split, allow_pipe=options.allow_pipe),
-            downloads=DownloadCache(folder / "shards", max_bytes=options.cache_gigabytes * 1e9),
+            downloads=DownloadCache(
+                folder / "shards", max_bytes=options.cache_gigabytes * 1e9, allow_pipe=options.allow_pipe
+            ),
             index_dir=folder / "index",
             num_classes=options.num_classes,
             open_shards=open_shards,

@@ -14,16 +14,16 @@ import logging
 import os
 import tarfile
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from braceexpand import braceexpand
 
-from vitfreeze.data.downloads import DownloadCache, cut_query, is_remote
+from vitfreeze.data.addresses import Address, Kind, cut_query, expand_names, is_remote, read_address
+from vitfreeze.data.downloads import DownloadCache
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.files import replacing
 
@@ -172,41 +172,51 @@ def find_shards(source: str | os.PathLike[str] | Sequence[str], *, split: str, a
     """List the shards that a source names.
 
     Args:
-        source: a folder or the URL of one (ends in '/'), a path or URL with or without braces, or a list of such.
-            What `_info.json` or `sizes.json` beside the shards says of their lengths is believed until the headers
-            are read.
+        source: a folder or the URL of one (ends in '/'), a path or URL with or without braces, or a list of such; '~'
+            is the user's home. What `_info.json` or `sizes.json` beside the shards says of their lengths is believed
+            until the headers are read.
         split: which split of a folder's `_info.json` is wanted, for example 'train' or 'validation'.
-        allow_pipe: whether 'pipe:COMMAND' may run a shell command and read its output.
+        allow_pipe: whether the user's command line allows 'pipe:COMMAND', which runs a shell command and reads its
+            output.
 
     Raises:
-        ShardError: nothing is there, a shard is named twice, or 'pipe:' is not allowed.
+        ShardError: nothing is there, a shard is named twice, or a name is one that `read_address` refuses.
     """
     sources = [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(item) for item in source]
     names: list[str] = []
-    for item in sources:
-        if item.startswith("pipe:") and not allow_pipe:
-            raise ShardError(f"{item!r} would run a shell command; set data.allow_pipe=true if that is meant")
-        item = item.removeprefix("file://").removeprefix("file:")
-        if item.endswith("/") or Path(item).is_dir():
-            names += _list_folder(item, split)
-        else:
-            names += braceexpand(item)
+    for item in expand_names(sources):
+        name = read_address(item, allow_pipe=allow_pipe).name
+        is_folder = name.endswith("/") or (os.path.isdir(name) and not is_remote(name))
+        names += _list_folder(name, split) if is_folder else [name]
     if not names:
         raise ShardError(
             f"no shard is named by {source!r}; give a folder, a pattern such as DIR/train-{{0000..0031}}.tar"
         )
-    _check_names(names)
-    lengths = _read_lengths(names)
+    # What a folder lists is a stranger's word, too.
+    addresses = [read_address(name, allow_pipe=allow_pipe) for name in names]
+    _check_addresses(addresses)
+    lengths = _read_lengths([address.name for address in addresses if address.kind is not Kind.COMMAND])
+    names = [address.name for address in addresses]
     return ShardSet(names=tuple(names), lengths=tuple(lengths.get(name) for name in names))
 
 
-def _check_names(names: Sequence[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+def _check_addresses(addresses: Sequence[Address]) -> None:
+    twice = next((address for address, count in Counter(addresses).items() if count > 1), None)
     if twice:
-        raise ShardError(f"shard {cut_query(twice)} is listed twice, so an epoch would show its samples twice")
-    for name in names:
-        if not is_remote(name) and not Path(name).is_file():
-            raise ShardError(f"shard {name} does not exist")
+        raise ShardError(f"shard {cut_query(twice.name)} is listed twice, so an epoch would show its samples twice")
+    for path in (address.target for address in addresses if address.kind is Kind.FILE):
+        if not os.path.isfile(path):
+            raise ShardError(f"shard {path} does not exist{_describe_start(path)}")
+    if commands := [address.target for address in addresses if address.kind is Kind.COMMAND]:
+        _log.info(
+            "%d of %d shards are read from shell commands, which this command line allows and every later one must "
+            "allow again, also to go on with the run; the first: %r", len(commands), len(addresses), commands[0],
+        )  # fmt: skip
+
+
+def _describe_start(path: str) -> str:
+    """Return, for a relative path, the folder it is sought from."""
+    return "" if os.path.isabs(path) else f"; it was sought from {os.getcwd()}"
 
 
 def _list_folder(folder: str, split: str) -> list[str]:
@@ -218,16 +228,18 @@ def _list_folder(folder: str, split: str) -> list[str]:
         return [base + name for name, _ in splits[split]]
     if is_remote(folder):
         raise ShardError(f"{cut_query(base)} has no _info.json to list its shards; give a brace pattern of their URLs")
-    files = sorted(path for path in Path(folder).glob("*.tar") if path.is_file())
+    if not os.path.isdir(folder):
+        raise ShardError(f"folder {folder} does not exist{_describe_start(folder)}")
+    files = sorted(path.name for path in Path(folder).glob("*.tar") if path.is_file())
     if not files:
         raise ShardError(f"folder {folder} holds no *.tar file")
-    kinds = sorted({path.stem.rstrip("0123456789").rstrip("-_") for path in files})
+    kinds = sorted({Path(name).stem.rstrip("0123456789").rstrip("-_") for name in files})
     if len(kinds) > 1:
         raise ShardError(
             f"folder {folder} holds several sets of shards ({', '.join(kinds[:4])}) and no _info.json to tell them "
             f"apart; give a pattern such as {base}{kinds[0]}-{{...}}.tar"
         )
-    return [str(path) for path in files]
+    return [base + name for name in files]  # as it was given: without its './', a path may look like a command
 
 
 def _read_splits(folder: str) -> dict[str, list[tuple[str, int]]] | None:
@@ -259,7 +271,7 @@ def _read_splits(folder: str) -> dict[str, list[tuple[str, int]]] | None:
 def _read_lengths(names: Sequence[str]) -> dict[str, int]:
     """Return the lengths that files beside the shards state."""
     lengths: dict[str, int] = {}
-    for folder in dict.fromkeys(name.rpartition("/")[0] for name in names if not name.startswith("pipe:")):
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in names):
         base = folder + "/" if folder else ""
         splits = _read_splits(base or ".")
         for files in (splits or {}).values():

@@ -30,7 +30,8 @@ class EvaluationData:
         all_blocks: judge every block.
         global_pool: avg or token.
         limit: images per split and rank; None: all.
-        workers: decoding ranks.
+        workers: decoding processes.
+        allow_pipe: whether the user's command line allows shards that are shell commands; the run cannot.
     """
 
     train: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class EvaluationData:
     global_pool: str = FinetuneConfig.global_pool
     limit: int | None = None
     workers: int | None = None
+    allow_pipe: bool = False
 
 
 def evaluate_knn(location: str, data: EvaluationData, *, k: Sequence[int] = (10, 20)) -> dict[int, dict[int, float]]:
@@ -130,5 +132,6 @@ def _choose_data(pretrained: Pretrained, data: EvaluationData) -> Config:
         train=data.train or config.data.train,
         val=data.val or config.data.val,
         workers=config.data.workers if data.workers is None else data.workers,
+        allow_pipe=data.allow_pipe,
     )
     return replace(config, data=chosen, model=replace(config.model, img_size=pretrained.img_size))

@@ -14,7 +14,7 @@ from typing import Any
 
 from vitfreeze.checkpoint import folder
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint
-from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_config
+from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_run_config
 from vitfreeze.files import replace_durably
 from vitfreeze.ranks import Ranks
 from vitfreeze.report import Reporter
@@ -168,7 +168,7 @@ def _refuse_foreign_folder(directory: Path, config: Config) -> None:
 
 
 def _refuse_other_settings(config: Config, path: Path) -> None:
-    lines = differing_settings(config, load_config(path))
+    lines = differing_settings(config, load_run_config(path))
     if lines:
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({'; '.join(lines)}); go on with those, or give another "
