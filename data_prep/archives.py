@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.catalogue import Listing
 from data_prep.errors import InputError
 
 HEADER_BYTES = 512
@@ -103,16 +104,6 @@ def _refuse_compressed(window: Window, called: str) -> None:
 
 
 @dataclass(frozen=True)
-class InnerListing:
-    """The images of one inner archive, compact enough to be sent between processes."""
-
-    name: str
-    image_names: list[bytes]
-    offsets: np.ndarray
-    sizes: np.ndarray
-
-
-@dataclass(frozen=True)
 class InnerArchive:
     """An archive inside an archive, to be listed."""
 
@@ -120,8 +111,8 @@ class InnerArchive:
     member: Member
 
 
-def list_inner(archive: InnerArchive) -> InnerListing:
-    """List one inner archive.
+def list_inner(archive: InnerArchive) -> tuple[str, Listing]:
+    """Return the name of one inner archive and its images, compact enough to be sent between processes.
 
     Raises:
         InputError: as list_members.
@@ -130,9 +121,8 @@ def list_inner(archive: InnerArchive) -> InnerListing:
     images = list_members(
         archive.path, offset=member.offset, size=member.size, called=f"{member.name} in {archive.path}"
     )
-    return InnerListing(
-        name=member.name,
-        image_names=[os.fsencode(image.name) for image in images],
-        offsets=np.array([image.offset for image in images], dtype=np.int64),
+    return member.name, Listing(
+        names=[os.fsencode(image.name) for image in images],
         sizes=np.array([image.size for image in images], dtype=np.int64),
+        offsets=np.array([image.offset for image in images], dtype=np.int64),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -118,19 +118,23 @@ def find_split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     return {"train": root}, []
 
 
+def list_labelled(root: Path, folders: Sequence[str]) -> tuple[Listing, list[int], int]:
+    """The images in class folders, the position of each one's folder, and how many other files are there.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    found = [find_images(root, folder) for folder in folders]
+    names = [name for images in found for name in images.names]
+    sizes = [size for images in found for size in images.sizes]
+    labels = [label for label, images in enumerate(found) for _ in images.names]
+    return Listing(names, sizes, None), labels, sum(images.num_other_files for images in found)
+
+
 def _read_split(root: Path, classes: list[str]) -> tuple[FileCatalogue, int]:
-    names: list[bytes] = []
-    sizes: list[int] = []
-    labels: list[int] = []
-    num_other = 0
-    for label, folder in enumerate(classes):
-        found = find_images(root, folder)
-        names += found.names
-        sizes += found.sizes
-        labels += [label] * len(found.names)
-        num_other += found.num_other_files
-    keys = number_repeated([_make_key(os.fsdecode(name)) for name in names])
-    return FileCatalogue(Listing(names, sizes, None), root=root, keys=keys, labels=labels, keep_folders=True), num_other
+    listing, labels, num_other = list_labelled(root, classes)
+    keys = number_repeated([_make_key(os.fsdecode(name)) for name in listing.names])
+    return FileCatalogue(listing, root=root, keys=keys, labels=labels, keep_folders=True), num_other
 
 
 def _make_key(name: str) -> bytes:

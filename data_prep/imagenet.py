@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.archives import InnerArchive, InnerListing, list_inner, list_members
+from data_prep.archives import InnerArchive, list_inner, list_members
 from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key
 from data_prep.devkit import WNID, DevelopmentKit
 from data_prep.errors import InputError
-from data_prep.folders import find_images, list_class_folders
+from data_prep.folders import find_images, list_class_folders, list_labelled
 from data_prep.progress import show_progress
 from data_prep.splits import ImageSet, choose_classes
 from data_prep.workers import run_tasks
@@ -126,22 +126,15 @@ def _wnid_of_archive(name: str) -> str:
     return name.rpartition("/")[2].removesuffix(".tar")
 
 
-def _join_inner(path: Path, listed: list[InnerListing], *, num_ignored: int) -> LabelledFiles:
-    names: list[bytes] = []
-    wnids: list[str] = []
-    for inner in listed:
-        names += inner.image_names
-        wnids += [_wnid_of_archive(inner.name)] * len(inner.image_names)
-    return LabelledFiles(
-        path,
-        Listing(
-            names=names,
-            sizes=np.concatenate([inner.sizes for inner in listed]),
-            offsets=np.concatenate([inner.offsets for inner in listed]),
-        ),
-        wnids,
-        num_ignored=num_ignored,
+def _join_inner(path: Path, listed: list[tuple[str, Listing]], *, num_ignored: int) -> LabelledFiles:
+    parts = [part for _, part in listed]
+    listing = Listing(
+        names=[name for part in parts for name in part.names],
+        sizes=np.concatenate([part.sizes for part in parts]),
+        offsets=np.concatenate([part.offsets for part in parts]),
     )
+    wnids = [_wnid_of_archive(name) for name, part in listed for _ in part.names]
+    return LabelledFiles(path, listing, wnids, num_ignored=num_ignored)
 
 
 def list_wnid_folders(root: Path) -> LabelledFiles:
@@ -150,21 +143,13 @@ def list_wnid_folders(root: Path) -> LabelledFiles:
     Raises:
         InputError: there is none, or one cannot be read.
     """
-    names: list[bytes] = []
-    sizes: list[int] = []
-    wnids: list[str] = []
     present = list_class_folders(root)
     folders = [folder for folder in present if WNID.fullmatch(folder)]
-    num_ignored = len(present) - len(folders)
     if not folders:
         raise InputError(f"{root} holds no class folder named like n01440764.")
-    for wnid in folders:
-        found = find_images(root, wnid)
-        names += found.names
-        sizes += found.sizes
-        wnids += [wnid] * len(found.names)
-        num_ignored += found.num_other_files
-    return LabelledFiles(root, Listing(names, sizes, None), wnids, num_ignored=num_ignored)
+    listing, labels, num_other = list_labelled(root, folders)
+    num_ignored = len(present) - len(folders) + num_other
+    return LabelledFiles(root, listing, [folders[label] for label in labels], num_ignored=num_ignored)
 
 
 def list_validation(path: Path, kit: DevelopmentKit | None) -> LabelledFiles:

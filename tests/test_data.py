@@ -119,7 +119,6 @@ def test_batches_are_ready_for_the_device(make_loader: Callable[..., TrainLoader
         assert batch.noise.dtype == torch.float32
         assert 0 <= batch.noise.min() <= batch.noise.max() < 1
         assert batch.wait_seconds > 0
-        assert batch.work_seconds > 0
 
 
 def test_crops_of_one_image_differ_and_the_epoch_grows(make_loader: Callable[..., TrainLoader]) -> None:

@@ -34,7 +34,6 @@ def make_batches(sizes: tuple[int, ...], *, seed: int = 0, labelled: bool = True
             epoch=0,
             step=step,
             wait_seconds=0.0,
-            work_seconds=0.0,
         )
 
 
@@ -101,10 +100,11 @@ def vote_by_hand(train: Tensor, labels: Tensor, query: Tensor, *, k: int, temper
 @pytest.mark.parametrize("bank_chunk", [7, 1000])
 def test_knn_agrees_with_votes_by_hand(bank_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn_room, "BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr(knn_room, "QUERY_CHUNK", 8)
     generator = torch.Generator().manual_seed(1)
     train, test = (torch.randn(n, 6, generator=generator) for n in (50, 31))
     train_labels, test_labels = (torch.randint(0, 4, (n,), generator=generator) for n in (50, 31))
-    found = knn_accuracy(train, train_labels, test, test_labels, k=(1, 10, 20), chunk=8)
+    found = knn_accuracy(train, train_labels, test, test_labels, k=(1, 10, 20))
     for k in (1, 10, 20):
         guesses = [vote_by_hand(train, train_labels, query, k=k, temperature=0.07) for query in test]
         by_hand = sum(g == int(label) for g, label in zip(guesses, test_labels, strict=True)) / 31

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vitfreeze import __version__
 from vitfreeze.text import format_table
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 Handler = Callable[[argparse.Namespace], int]
-Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
+# The type that add_subparsers returns has no public name.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,19 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = handler(parsed)
         sys.stdout.flush()
-    except ValueError as error:
-        if parsed.debug:
-            raise
-        if rank == 0:
-            print(f"vitfreeze {parsed.command}: {error}", file=sys.stderr)
-        status = EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise
-        print(f"vitfreeze {parsed.command}: {error.strerror}: {error.filename}", file=sys.stderr)
+        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        if rank == 0 or isinstance(error, OSError):  # what is wrong with files may be wrong on one node only
+            print(f"vitfreeze {parsed.command}: {words}", file=sys.stderr)
         status = EXIT_BAD_INPUT
     sys.exit(status)
 
@@ -93,9 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(
-    commands: Commands[argparse.ArgumentParser], name: str, handler: Handler, *, help: str
-) -> argparse.ArgumentParser:
+def _add_command(commands: Commands, name: str, handler: Handler, *, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help)
     parser.set_defaults(handler=handler)
     return parser
@@ -127,7 +122,7 @@ def _print_result(result: Any, text: str, *, as_json: bool) -> int:
     return 0
 
 
-def _add_training(commands: Commands[argparse.ArgumentParser], task: str, *, help: str) -> None:
+def _add_training(commands: Commands, task: str, *, help: str) -> None:
     parser = _add_command(commands, task, _train, help=help)
     _add_recipe(parser)
     parser.add_argument("--fresh", action="store_true", help="start a new run; refuse a folder that holds one")
@@ -176,7 +171,7 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _add_knn(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_knn(commands: Commands) -> None:
     parser = _add_command(commands, "knn", _knn, help="classify validation images by their nearest training images")
     _add_evaluation(parser)
     parser.add_argument("--k", nargs="+", type=int, help="numbers of neighbours; default: 10 20")
@@ -193,7 +188,7 @@ def _knn(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_linear(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_linear(commands: Commands) -> None:
     parser = _add_command(
         commands, "linear", _linear, help="train linear classifiers on the features, one per learning rate"
     )
@@ -225,7 +220,7 @@ def _linear(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_export(commands: Commands) -> None:
     parser = _add_command(
         commands, "export", _export, help="write weights for timm, Hugging Face or torch, with a model card"
     )
@@ -241,7 +236,7 @@ def _export(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_show(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_show(commands: Commands) -> None:
     parser = _add_command(commands, "show", _show, help="draw what a run reconstructs of images, and where it looks")
     _add_weights(parser)
     parser.add_argument("images", nargs="+", help="image files")
@@ -258,7 +253,7 @@ def _show(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_config(commands: Commands) -> None:
     parser = _add_command(commands, "config", _config, help="explain every setting of a recipe, or dump it whole")
     _add_recipe(parser)
     parser.add_argument("--yaml", action="store_true", help="print the resolved recipe instead")
@@ -272,7 +267,7 @@ def _config(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_plan(commands: Commands) -> None:
     parser = _add_command(commands, "plan", _plan, help="predict, without a GPU or data, what freezing saves")
     _add_recipe(parser, nargs="?")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two recipes side by side instead")
@@ -318,7 +313,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_plot(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_plot(commands: Commands) -> None:
     parser = _add_command(
         commands, "plot", _plot, help="draw a run, or the learning rates of a recipe: plot schedule RECIPE"
     )
@@ -345,7 +340,7 @@ def _plot(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: Commands) -> None:
     parser = _add_command(
         commands, "doctor", _doctor, help="run under the launcher on all nodes: is this cluster fit to train?"
     )
@@ -371,7 +366,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
     return 1 if any(finding.fit is False for finding in findings) else 0
 
 
-def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: Commands) -> None:
     parser = commands.add_parser("bench", help="measure a part of a run on this machine")
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
@@ -382,7 +377,7 @@ def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
     )
 
 
-def _add_bench_data(parts: Commands[argparse.ArgumentParser]) -> None:
+def _add_bench_data(parts: Commands) -> None:
     parser = _add_command(parts, "data", _bench_data, help="images per second of the input pipeline, and torchvision's")
     parser.add_argument("shards", help="a folder of shards, a brace pattern or a URL")
     parser.add_argument("--split", default="train", help="split of the folder's _info.json (default %(default)s)")
@@ -411,7 +406,7 @@ def _bench_data(parsed: argparse.Namespace) -> int:
     return _print_result(result, format_data_benchmark(result), as_json=parsed.json)
 
 
-def _add_bench_of_engine(parts: Commands[argparse.ArgumentParser], name: str, handler: Handler, *, help: str) -> None:
+def _add_bench_of_engine(parts: Commands, name: str, handler: Handler, *, help: str) -> None:
     parser = _add_command(parts, name, handler, help=help)
     _add_recipe(parser)
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")

@@ -136,14 +136,8 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
 
 def timm_arguments(size: ModelSize, *, img_size: int) -> dict[str, Any]:
     """Return the arguments that make timm's ViT-B one of these dimensions."""
-    return {
-        "img_size": img_size,
-        "patch_size": size.patch_size,
-        "embed_dim": size.embed_dim,
-        "depth": size.depth,
-        "num_heads": size.num_heads,
-        "mlp_ratio": size.mlp_ratio,
-    }
+    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    return {"img_size": img_size} | {name: getattr(size, name) for name in names}
 
 
 def hugging_face_config(pretrained: Pretrained) -> dict[str, Any]:

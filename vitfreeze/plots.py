@@ -45,7 +45,7 @@ def plot_schedule(config: Config, path: Path, *, steps_per_epoch: int | None = N
     _draw_rates(rates, schedule, steps_per_epoch=prediction.steps_per_epoch)
     _draw_cost(cost, prediction)
     cost.set_xlabel("epoch")
-    rates.set_title(f"{prediction.recipe}: {prediction.model}, {_describe_freezing(prediction)}", loc="left")
+    rates.set_title(f"{prediction.recipe}: {prediction.model}, freezing: {prediction.freezing}", loc="left")
     return _save(figure, path)
 
 
@@ -137,12 +137,6 @@ def _draw_cost(axis: Axes, prediction: Plan) -> None:
     axis.set_ylabel("cost of a step\n(start = 1)")
     saved = f"saves {prediction.saving:.1%} of the computing" if prediction.saving else "nothing freezes by schedule"
     axis.text(0.01, 0.08, saved, transform=axis.transAxes, color=INK)
-
-
-def _describe_freezing(prediction: Plan) -> str:
-    if prediction.mode != "schedule":
-        return f"freezing {prediction.mode}"
-    return f"$t_0$ = {prediction.t_0:g}, {prediction.how}, {'scaled' if prediction.scale_lr else 'unscaled'} rates"
 
 
 def _draw_losses(total: Axes, scales: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:

@@ -155,7 +155,6 @@ class Reporter:
     def __init__(
         self, run_dir: Path, *, rank: int, start_step: int, total_steps: int, description: str = "pre-training"
     ) -> None:
-        self.run_dir = run_dir
         self._active = rank == 0
         if not self._active:
             return

@@ -27,6 +27,7 @@ from vitfreeze.data import BadSampleError, EpochOrder, RandomCrop, ReadOptions, 
 from vitfreeze.data.decoding import decode_image
 from vitfreeze.data.order import SampleRandom
 from vitfreeze.data.shards import Sample
+from vitfreeze.text import format_table
 
 # About what one H100 takes of LocalMIM on ViT-B, by its counted operations.
 FAST_DEVICE_IMAGES_PER_SECOND = 12_000
@@ -164,21 +165,21 @@ def run_data_benchmark(
 
 def format_data_benchmark(result: DataBenchmark) -> str:
     """Return the result as a table."""
-    ours, theirs = result.pipeline, result.torchvision
-    lines = [
-        f"{result.images} images of {result.kilobytes_per_image:.0f} kB, {result.workers} worker(s), images/s:",
-        f"  reading                {result.reading:8,.0f} per core",
-        f"  decoding               {result.decoding:8,.0f} per core",
-        f"  decoding and cropping  {result.decoding_and_cropping:8,.0f} per core",
-        f"  whole pipeline         {ours.images_per_core_second:8,.0f} per core   "
-        f"{ours.images_per_worker_second:8,.0f} per worker by the clock",
-        f"  torchvision            {theirs.images_per_core_second:8,.0f} per core   "
-        f"{theirs.images_per_worker_second:8,.0f} per worker by the clock",
-        f"  {result.speedup:.2f} times torchvision's images per core; Pillow decoded {result.fallbacks}, "
-        f"{result.unusable} were unusable",
-        f"a device that takes {result.device_images_per_second:,.0f} images/s needs {result.workers_needed} workers",
-    ]
-    return "\n".join(lines)
+    rows = [["images/s", "per core", "per worker by the clock"]]
+    for name, speed in (
+        ("reading", result.reading),
+        ("decoding", result.decoding),
+        ("decoding and cropping", result.decoding_and_cropping),
+    ):
+        rows.append([name, f"{speed:,.0f}", ""])
+    for name, whole in (("whole pipeline", result.pipeline), ("torchvision", result.torchvision)):
+        rows.append([name, f"{whole.images_per_core_second:,.0f}", f"{whole.images_per_worker_second:,.0f}"])
+    return (
+        f"{result.images} images of {result.kilobytes_per_image:.0f} kB, {result.workers} worker(s)\n"
+        f"{format_table(rows)}\n{result.speedup:.2f} times torchvision's images per core; Pillow decoded "
+        f"{result.fallbacks}, {result.unusable} were unusable\na device that takes "
+        f"{result.device_images_per_second:,.0f} images/s needs {result.workers_needed} workers"
+    )
 
 
 def _read_files(loader: TrainLoader, count: int) -> tuple[list[bytes], list[int], float, int]:

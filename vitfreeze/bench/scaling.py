@@ -17,14 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from vitfreeze.bench.timing import (
-    LEARNING_RATE,
-    Conditions,
-    describe_conditions,
-    start_engine,
-    time_call,
-    time_step,
-)
+from vitfreeze.bench.timing import LEARNING_RATE, Conditions, describe_conditions, start_engine, time_call, time_step
 from vitfreeze.config import Config
 from vitfreeze.doctor.network import bus_bandwidth
 from vitfreeze.engine import FreezingEngine, join_ranks

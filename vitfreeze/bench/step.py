@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class StepRow:
     peak_memory_bytes: int | None  # of the GPU's tensors; on a CPU of the whole process, where the system tells
     in_units: float
     ratio: float  # of in_units to that with nothing frozen
-    ratio_of_flops: float  # what counted operations allow
+    ratio_of_flops: float = 1.0  # what counted operations allow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +64,7 @@ class StepBenchmark(Conditions):
     clock: str
     unit_ms: float
     unit_ms_quartiles: tuple[float, float]
-    targets_in_units: float  # HOG targets of all four heads
     rows: tuple[StepRow, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """One length of the frozen prefix: its rounds in seconds."""
-
-    frozen_layers: int
-    memory: int | None
-    steps: list[StepSeconds]
-    targets: list[float]
-    units: list[float]
-
-    @property
-    def in_units(self) -> float:
-        return statistics.median(step.step / unit for step, unit in zip(self.steps, self.units, strict=True))
 
 
 def run_step_benchmark(
@@ -98,7 +82,7 @@ def run_step_benchmark(
         frozen_layers: lengths of the prefix; five evenly spread by default. 0 is always measured, for the ratios.
         rounds, warmup_rounds: steps at every length.
         clock: wall, or processor: the seconds that all threads of this process worked, whatever else the machine
-            does. On a GPU always the GPU's own clock.
+            does. On a GPU always wall.
 
     Raises:
         ConfigError: a setting cannot be used.
@@ -108,25 +92,17 @@ def run_step_benchmark(
         raise ValueError(f"clock {clock!r}: allowed are {', '.join(CLOCKS)}")
     prefixes = _choose_prefixes(frozen_layers, depth=config.model.resolve().depth)
     engine, images = start_engine(config, rounds=rounds)
+    clock = "wall" if engine.device.type == "cuda" else clock
     bench = _Bench(engine, images, clock=CLOCKS[clock])
-    measured = [bench.measure(k, rounds=rounds, warmup_rounds=warmup_rounds) for k in prefixes]
-    units = [unit for prefix in measured for unit in prefix.units]
-    costs, start = costs_of(config), measured[0]
-    rows = [
-        _summarize(
-            prefix,
-            images=engine.micro_batch * engine.accumulation,
-            ratio=prefix.in_units / start.in_units,
-            ratio_of_flops=costs.step_flops(prefix.frozen_layers) / costs.step_flops(0),
-        )
-        for prefix in measured
-    ]
+    costs, rows = costs_of(config), list[StepRow]()
+    for k in prefixes:
+        row = bench.measure(k, rounds=rounds, warmup_rounds=warmup_rounds, start=rows[0] if rows else None)
+        rows.append(replace(row, ratio_of_flops=costs.step_flops(k) / costs.step_flops(0)))
     return StepBenchmark(
         **describe_conditions(config, engine, rounds=rounds),
-        clock="GPU" if engine.device.type == "cuda" else clock,
-        unit_ms=1e3 * statistics.median(units),
-        unit_ms_quartiles=_quartiles_ms(units),
-        targets_in_units=statistics.median(t / u for t, u in zip(start.targets, start.units, strict=True)),
+        clock=clock,
+        unit_ms=1e3 * statistics.median(bench.units),
+        unit_ms_quartiles=_quartiles_ms(bench.units),
         rows=tuple(rows),
     )
 
@@ -145,26 +121,45 @@ class _Bench:
 
     def __init__(self, engine: FreezingEngine, images: Tensor, *, clock: Clock) -> None:
         self.engine, self.images, self.clock = engine, images, clock
+        self.units: list[float] = []  # seconds
         norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         blocks = [Block(_UNIT_WIDTH, _UNIT_HEADS, qkv_bias=True, norm_layer=norm_layer) for _ in range(_UNIT_BLOCKS)]
         self.unit = nn.Sequential(*blocks).to(device=engine.device, dtype=engine.dtype)
         shape = (_UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH)
         self.unit_tokens = torch.randn(shape, device=engine.device, dtype=engine.dtype)
 
-    def measure(self, frozen_layers: int, *, rounds: int, warmup_rounds: int) -> _Measured:
+    def measure(self, frozen_layers: int, *, rounds: int, warmup_rounds: int, start: StepRow | None) -> StepRow:
         """Freeze up to a length of the prefix, and take one step, unit and set of targets per round."""
         self.engine.freeze(frozen_layers, step=frozen_layers)
-        found = _Measured(frozen_layers=frozen_layers, memory=self.peak_memory(), steps=[], targets=[], units=[])
+        memory = self.peak_memory()
+        steps, targets, units = list[StepSeconds](), list[float](), list[float]()
         for number in range(-warmup_rounds, rounds):
             before = self.time_unit()
-            targets = self.time_targets()
-            step = time_step(self.engine, self.images, clock=self.clock)
-            unit = (before + self.time_unit()) / 2
+            seconds = self.time_targets(), time_step(self.engine, self.images, clock=self.clock)
             if number >= 0:
-                found.steps.append(step)
-                found.targets.append(targets)
-                found.units.append(unit)
-        return found
+                targets.append(seconds[0])
+                steps.append(seconds[1])
+                units.append((before + self.time_unit()) / 2)
+        self.units += units
+
+        def milliseconds(part: Callable[[StepSeconds], float]) -> float:
+            return 1e3 * statistics.median(part(step) for step in steps)
+
+        targets_ms, step_ms = 1e3 * statistics.median(targets), milliseconds(lambda step: step.step)
+        in_units = statistics.median(step.step / unit for step, unit in zip(steps, units, strict=True))
+        return StepRow(
+            frozen_layers=frozen_layers,
+            targets_ms=targets_ms,
+            forward_ms=milliseconds(lambda step: step.forward) - targets_ms,
+            backward_ms=milliseconds(lambda step: step.backward),
+            optimizer_ms=milliseconds(lambda step: step.optimizer),
+            step_ms=step_ms,
+            step_ms_quartiles=_quartiles_ms([step.step for step in steps]),
+            images_per_second=1e3 * len(self.images) * self.engine.accumulation / step_ms,
+            peak_memory_bytes=memory,
+            in_units=in_units,
+            ratio=in_units / start.in_units if start else 1.0,
+        )
 
     def time_targets(self) -> float:
         """Return the seconds that the HOG targets of the living heads take in a step."""
@@ -211,27 +206,6 @@ def _quartiles_ms(seconds: Sequence[float]) -> tuple[float, float]:
     return 1e3 * low, 1e3 * high
 
 
-def _summarize(found: _Measured, *, images: int, ratio: float, ratio_of_flops: float) -> StepRow:
-    def milliseconds(part: Callable[[StepSeconds], float]) -> float:
-        return 1e3 * statistics.median(part(step) for step in found.steps)
-
-    targets_ms, step_ms = 1e3 * statistics.median(found.targets), milliseconds(lambda step: step.step)
-    return StepRow(
-        frozen_layers=found.frozen_layers,
-        targets_ms=targets_ms,
-        forward_ms=milliseconds(lambda step: step.forward) - targets_ms,
-        backward_ms=milliseconds(lambda step: step.backward),
-        optimizer_ms=milliseconds(lambda step: step.optimizer),
-        step_ms=step_ms,
-        step_ms_quartiles=_quartiles_ms([step.step for step in found.steps]),
-        images_per_second=1e3 * images / step_ms,
-        peak_memory_bytes=found.memory,
-        in_units=found.in_units,
-        ratio=ratio,
-        ratio_of_flops=ratio_of_flops,
-    )
-
-
 def format_step_benchmark(result: StepBenchmark) -> str:
     """Return the result as a table under the settings it was measured with."""
     low, high = result.unit_ms_quartiles
@@ -239,7 +213,7 @@ def format_step_benchmark(result: StepBenchmark) -> str:
         *result.lines(),
         f"medians of {result.rounds} rounds by the {result.clock} clock, quartiles in brackets",
         f"unit: {result.unit_ms:.0f} ms [{low:.0f}-{high:.0f}], 12 plain blocks of ViT-B on 8 x 50 tokens, there and "
-        f"back; HOG targets of all heads cost {result.targets_in_units:.4f} of it",
+        f"back; HOG targets of all heads cost {result.rows[0].targets_ms / result.unit_ms:.4f} of it",
     ]
     columns = ["frozen", "targets", "forward", "backward", "optimizer", "step", "ms", "images/s", "peak GB", "ratio"]
     rows = [[*columns, "by FLOPs", "units"]]

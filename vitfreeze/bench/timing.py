@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -23,7 +23,6 @@ from vitfreeze.engine import FreezingEngine, join_ranks
 from vitfreeze.training.build import build_engine
 
 Clock = Callable[[], float]
-Mark = float | torch.cuda.Event
 LEARNING_RATE = 1e-4  # any will do: the time of a step does not depend on it
 
 
@@ -104,7 +103,6 @@ class StepSeconds:
 
 def time_step(engine: FreezingEngine, images: Tensor, *, clock: Clock = time.perf_counter) -> StepSeconds:
     """Take one optimizer step of the engine, every micro-batch of which is `images`."""
-    engine.synchronize()
     marks = [mark(engine.device, clock)]
     for _ in range(engine.accumulation):
         loss = engine(images, frozen_layers=engine.frozen_layers).loss
@@ -113,7 +111,7 @@ def time_step(engine: FreezingEngine, images: Tensor, *, clock: Clock = time.per
         marks.append(mark(engine.device, clock))
         engine.step()
         marks.append(mark(engine.device, clock))
-    seconds = [seconds_between(*pair) for pair in pairwise(marks)]
+    seconds = [end - start for start, end in pairwise(marks)]
     return StepSeconds(forward=sum(seconds[::3]), backward=sum(seconds[1::3]), optimizer=sum(seconds[2::3]))
 
 
@@ -121,24 +119,14 @@ def time_call(call: Callable[[], object], *, device: torch.device, clock: Clock 
     """Return the seconds of a call."""
     start = mark(device, clock)
     call()
-    return seconds_between(start, mark(device, clock))
+    return mark(device, clock) - start
 
 
-def mark(device: torch.device, clock: Clock) -> Mark:
-    """Return this moment: on a GPU by its own clock, on a CPU by `clock`."""
-    if device.type != "cuda":
-        return clock()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start: Mark, end: Mark) -> float:
-    """Return the seconds between two marks of the same clock; on a GPU this waits for the second."""
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    return cast(float, end) - cast(float, start)
+def mark(device: torch.device, clock: Clock) -> float:
+    """Return the time at which the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()
 
 
 def name_device(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop
 from vitfreeze.data.build import build_train_loader, check_labels, open_split
-from vitfreeze.data.epoch_report import EpochReport, SkippedSample, merge_reports
+from vitfreeze.data.epoch_report import merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
@@ -17,13 +17,11 @@ __all__ = [
     "BatchMixing",
     "CenterCrop",
     "EpochOrder",
-    "EpochReport",
     "EvalLoader",
     "FinetuneTransform",
     "RandomCrop",
     "ReadOptions",
     "ShardError",
-    "SkippedSample",
     "TrainLoader",
     "build_train_loader",
     "check_labels",

@@ -105,18 +105,13 @@ class FinetuneTransform:
         hflip: float = 0.5,
         auto_augment: str = FinetuneConfig.aa,
     ) -> None:
-        self._img_size = img_size
+        self.img_size = img_size
         self._transforms: list[Callable[[Image.Image], Image.Image]] = [
             RandomResizedCropAndInterpolation(img_size, scale=scale, ratio=ratio, interpolation="bicubic"),
             RandomHorizontalFlip(hflip),
         ]
         if auto_augment:
             self._transforms.append(_make_policy(auto_augment, img_size))
-
-    @property
-    def img_size(self) -> int:
-        """Side of the image in pixels."""
-        return self._img_size
 
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         """Write the augmented image into `out`, (3, H, W) uint8."""

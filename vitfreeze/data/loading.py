@@ -44,7 +44,6 @@ class Batch:
         epoch: epoch the samples belong to, from 0.
         step: optimizer step, from 0; number of the batch in evaluation.
         wait_seconds: how long the caller waited for this batch.
-        work_seconds: how long one worker took to make it.
         skipped: samples met on the way that could not be used.
         fallbacks: images that Pillow had to decode.
     """
@@ -57,7 +56,6 @@ class Batch:
     epoch: int
     step: int
     wait_seconds: float
-    work_seconds: float
     skipped: Sequence[SkippedSample] = ()
     fallbacks: int = 0
 
@@ -199,7 +197,6 @@ class _Loader:
             epoch=answer.request.epoch,
             step=answer.request.step,
             wait_seconds=time.perf_counter() - begin,
-            work_seconds=answer.work_seconds,
             skipped=answer.skipped,
             fallbacks=answer.fallbacks,
         )
@@ -263,12 +260,7 @@ class TrainLoader(_Loader):
         self.accumulation(micro_batch)
         self.micro_batch = micro_batch
         super().__init__(
-            shards,
-            split=split,
-            rank=rank,
-            world_size=world_size,
-            options=options,
-            open_shards=window_shards + 4,
+            shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=window_shards + 4
         )
         self._tally: EpochTally | None = None
         order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
@@ -375,14 +367,7 @@ class EvalLoader(_Loader):
         options: ReadOptions | None = None,
     ) -> None:
         options = options or ReadOptions()
-        super().__init__(
-            shards,
-            split=split,
-            rank=rank,
-            world_size=world_size,
-            options=options,
-            open_shards=8,
-        )
+        super().__init__(shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=8)
         self.batch_size = batch_size
         self._plan = BatchPlan(
             order=None,

@@ -1,21 +1,19 @@
 """What an encoder is worth: features, k-nearest neighbours, linear probes, and pictures of what it sees."""
 
 from vitfreeze.evaluate.commands import EvaluationData, evaluate_knn, evaluate_linear, show_images
-from vitfreeze.evaluate.features import Features, extract_block_features, extract_features, gather_features
+from vitfreeze.evaluate.features import Features, extract_block_features, extract_features
 from vitfreeze.evaluate.knn import knn_accuracy, knn_over_ranks
-from vitfreeze.evaluate.linear import LinearResult, LinearSettings, find_best, train_linear
+from vitfreeze.evaluate.linear import LinearSettings, find_best, train_linear
 
 __all__ = [
     "EvaluationData",
     "Features",
-    "LinearResult",
     "LinearSettings",
     "evaluate_knn",
     "evaluate_linear",
     "extract_block_features",
     "extract_features",
     "find_best",
-    "gather_features",
     "knn_accuracy",
     "knn_over_ranks",
     "show_images",

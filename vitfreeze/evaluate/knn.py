@@ -15,7 +15,8 @@ from torch import Tensor
 from vitfreeze.evaluate.features import Features, gather_features
 from vitfreeze.ranks import Ranks
 
-BANK_CHUNK = 32768  # 512 queries x 32768 training images x 4 bytes = 64 MiB of similarities at a time
+# 512 test images x 32768 training images x 4 bytes = 64 MiB of similarities at a time, whatever their numbers.
+QUERY_CHUNK, BANK_CHUNK = 512, 32768
 
 
 @torch.no_grad()
@@ -27,7 +28,6 @@ def knn_accuracy(
     *,
     k: Sequence[int] = (10, 20),
     temperature: float = 0.07,
-    chunk: int = 512,
     device: torch.device | None = None,
 ) -> dict[int, float]:
     """Return the top-1 accuracy, from 0 to 1, for each number of neighbours.
@@ -39,42 +39,34 @@ def knn_accuracy(
         test_labels: (M,) int64.
         k: numbers of neighbours.
         temperature: how much more the nearest neighbours count.
-        chunk: test images at a time; beside the test features, memory is that of chunk x 32768 similarities, whatever
-            N and M.
         device: where to compute; default: where the features are.
 
     Raises:
         ValueError: shapes that do not fit, k outside 1 to N, or a temperature that is not positive.
     """
     train, test = Features(train_features, train_labels), Features(test_features, test_labels)
-    correct = _count_correct(train, test, k=k, temperature=temperature, chunk=chunk, device=device)
+    correct = _count_correct(train, test, k=k, temperature=temperature, device=device)
     return {neighbours: count / len(test_labels) for neighbours, count in correct.items()}
 
 
 def _count_correct(
-    train: Features,
-    test: Features,
-    *,
-    k: Sequence[int],
-    temperature: float = 0.07,
-    chunk: int = 512,
-    device: torch.device | None = None,
+    train: Features, test: Features, *, k: Sequence[int], temperature: float = 0.07, device: torch.device | None = None
 ) -> dict[int, int]:
     """Return how many test images are classified rightly with each number of neighbours; see `knn_accuracy`."""
     _check(train, test, k=k, temperature=temperature)
     device = device or train.features.device
     num_classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     queries_MD = F.normalize(test.features.to(device, torch.float32), dim=1)
-    similarities_MK, neighbours_MK = _find_nearest(queries_MD, train.features, k=max(k), chunk=chunk)
+    similarities_MK, neighbours_MK = _find_nearest(queries_MD, train.features, k=max(k))
     classes_MK, labels_M = train.labels.to(device)[neighbours_MK], test.labels.to(device)
     votes_MK = (similarities_MK / temperature).exp()
     correct = dict.fromkeys(k, 0)
-    for count in k:
-        for votes_QK, classes_QK, labels_Q in zip(
-            votes_MK[:, :count].split(chunk), classes_MK[:, :count].split(chunk), labels_M.split(chunk), strict=True
-        ):
-            votes_QC = torch.zeros(len(labels_Q), num_classes, device=device).scatter_add_(1, classes_QK, votes_QK)
-            correct[count] += int((votes_QC.argmax(dim=1) == labels_Q).sum())
+    for start in range(0, len(labels_M), QUERY_CHUNK):
+        rows = slice(start, start + QUERY_CHUNK)
+        for count in k:
+            votes_QC = torch.zeros(len(labels_M[rows]), num_classes, device=device)
+            votes_QC.scatter_add_(1, classes_MK[rows, :count], votes_MK[rows, :count])
+            correct[count] += int((votes_QC.argmax(dim=1) == labels_M[rows]).sum())
     return correct
 
 
@@ -97,7 +89,7 @@ def knn_over_ranks(train: Features, test: Features, *, k: Sequence[int], ranks: 
     return {count: hit / images for count, hit in zip(correct, hits, strict=True)}
 
 
-def _find_nearest(queries_MD: Tensor, bank_ND: Tensor, *, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _find_nearest(queries_MD: Tensor, bank_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
     """Return the cosine similarities (M, k) of the nearest training images, nearest first, and their numbers (M, k).
 
     The training images come to the device, and are normalised, part by part and once.
@@ -107,7 +99,9 @@ def _find_nearest(queries_MD: Tensor, bank_ND: Tensor, *, k: int, chunk: int) ->
     index_MK = torch.empty(len(queries_MD), 0, dtype=torch.int64, device=device)
     for start in range(0, len(bank_ND), BANK_CHUNK):
         part_ND = F.normalize(bank_ND[start : start + BANK_CHUNK].to(device, torch.float32), dim=1)
-        found = [(queries_QD @ part_ND.T).topk(min(k, len(part_ND)), dim=1) for queries_QD in queries_MD.split(chunk)]
+        found = [
+            (queries_QD @ part_ND.T).topk(min(k, len(part_ND)), dim=1) for queries_QD in queries_MD.split(QUERY_CHUNK)
+        ]
         joined = torch.cat([best_MK, torch.cat([values for values, _ in found])], dim=1)
         numbers = torch.cat([index_MK, torch.cat([indices for _, indices in found]) + start], dim=1)
         best_MK, kept = joined.topk(min(k, joined.shape[1]), dim=1)

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from vitfreeze.evaluate.features import Features
 from vitfreeze.ranks import Ranks
+from vitfreeze.schedule import CosineSchedule
 
 OPTIMIZERS = ("lars", "sgd")
 # Learning rates per 256 images. MAE's is 0.1 with LARS; plain SGD needs smaller ones.
-LEARNING_RATES = {
-    "lars": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-    "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-}
+LEARNING_RATES = {"lars": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0), "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}
 _TRUST = 0.001
 _TEST_CHUNK = 4096
 
@@ -160,6 +158,7 @@ class _Sweep:
         settings, count = self.settings, len(self.train_set.labels)
         steps_per_epoch = -(-count // self.batch_size)
         total, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
+        schedule = CosineSchedule(total_steps=total, warmup_steps=warmup, base_lr=1.0)
         generator = torch.Generator().manual_seed(settings.seed)
         losses_R = torch.zeros(len(self.rates_R), device=self.device)
         for step in range(total):
@@ -168,7 +167,7 @@ class _Sweep:
                 order_N = torch.randperm(count, generator=generator)
                 losses_R.zero_()
             chosen_B = order_N[batch * self.batch_size : (batch + 1) * self.batch_size]
-            losses_R += self._take_step(chosen_B, factor=_cosine(step, total=total, warmup=warmup)) / steps_per_epoch
+            losses_R += self._take_step(chosen_B, factor=schedule.learning_rate(step)) / steps_per_epoch
         return losses_R.double().cpu()
 
     def _take_step(self, chosen_B: Tensor, *, factor: float) -> Tensor:
@@ -214,9 +213,3 @@ def _trust_ratio(weight_RDC: Tensor, gradient_RDC: Tensor) -> Tensor:
     weight, gradient = (x.flatten(1).norm(dim=1) for x in (weight_RDC, gradient_RDC))
     usable = (weight > 0) & (gradient > 0)
     return torch.where(usable, _TRUST * weight / gradient.clamp_min(1e-30), 1.0).view(-1, 1, 1)
-
-
-def _cosine(step: int, *, total: int, warmup: int) -> float:
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))

@@ -4,8 +4,8 @@ from vitfreeze.planner.comparison import Comparison, compare_run, compare_with_m
 from vitfreeze.planner.costs import ClassifierCosts, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, read_step_times
-from vitfreeze.planner.prediction import Machine, Plan, Stage, plan
-from vitfreeze.planner.targets import Target, solve_targets
+from vitfreeze.planner.prediction import Plan, Stage, plan
+from vitfreeze.planner.targets import solve_targets
 from vitfreeze.planner.text import (
     format_comparison,
     format_plan,
@@ -18,12 +18,10 @@ __all__ = [
     "ClassifierCosts",
     "Comparison",
     "EncoderCosts",
-    "Machine",
     "ModelCosts",
     "Plan",
     "Stage",
     "StepTimes",
-    "Target",
     "compare_run",
     "compare_with_measurement",
     "costs_of",

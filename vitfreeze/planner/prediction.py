@@ -102,6 +102,13 @@ class Plan:
     authors: str
     notes: tuple[str, ...]
 
+    @property
+    def freezing(self) -> str:
+        """How layers freeze, in words."""
+        if self.mode != "schedule":
+            return self.mode
+        return f"t_0 {self.t_0:g}, {self.how}, {'scaled' if self.scale_lr else 'unscaled'} rates"
+
 
 def read_machine(config: Config, *, world_size: int) -> Machine:
     """Read ZeRO stage and precision from the DeepSpeed JSON of the run.

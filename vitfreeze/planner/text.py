@@ -18,15 +18,10 @@ def format_plan(plan: Plan) -> str:
 
 def _format_settings(plan: Plan) -> str:
     machine = plan.machine
-    freezing = {
-        "schedule": f"t_0 {plan.t_0:g}, {plan.how}, {'scaled' if plan.scale_lr else 'unscaled'} rates",
-        "adaptive": "adaptive",
-        "off": "off",
-    }[plan.mode]
     ranks = f"{machine.world_size} GPU" + ("s" if machine.world_size > 1 else "")
     return "\n".join(
         [
-            f"{plan.recipe}: {plan.model}, freezing: {freezing}",
+            f"{plan.recipe}: {plan.model}, freezing: {plan.freezing}",
             f"{plan.total_steps:,} steps ({plan.warmup_steps:,} of warm-up) of {plan.global_batch} images, "
             f"{plan.steps_per_epoch:,} an epoch; {ranks}, micro-batch {plan.micro_batch} x {plan.accumulation}",
             f"ZeRO stage {machine.zero_stage}, {machine.precision} ({machine.source}): optimizer state "
@@ -70,7 +65,7 @@ def _format_whole(plan: Plan) -> str:
     before = plan.gpu_hours + plan.gpu_hours_saved
     lines = [
         f"Saving: {plan.saving:.1%} of the step time, {plan.gpu_hours_saved:.1f} of {before:.1f} GPU-hours "
-        f"({plan.timing})",
+        f"({plan.timing})"
     ]
     if not math.isclose(plan.saving, plan.flops_saving, abs_tol=1e-9):
         lines.append(f"        {plan.flops_saving:.1%} of the counted operations")
