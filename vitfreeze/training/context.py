@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, Duration
-from vitfreeze.data import EpochReport, TrainLoader, merge_reports
+from vitfreeze.data import TrainLoader, merge_reports
+from vitfreeze.data.epoch_report import EpochReport
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import EncoderCosts, costs_of
