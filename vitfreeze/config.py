@@ -173,7 +173,7 @@ class ModelConfig:
     hog_nbins: int = option(9, "orientation bins of the HOG targets (LocalMIM: 9; 18 for ViT-L)", AT_LEAST_1)
     hog_bias: bool = option(False, "random biases in the gradient filters, as in LocalMIM's ViT-L recipe")
     mask_ratio: float = option(
-        0.75, "share of the patches that are not seen", Range(0, 1, open_low=True, open_high=True)
+        0.75, "share of the patches that the encoder does not see", Range(0, 1, open_low=True, open_high=True)
     )
     activation_checkpointing: bool = option(False, "recompute active blocks to save memory", may_change=True)
     compile: bool = option(False, "torch.compile each block", may_change=True)
@@ -232,7 +232,7 @@ class BatchConfig:
     micro_size: int | None = option(
         None, "most per rank and forward pass; accumulation follows", AT_LEAST_1, unit="images", may_change=True
     )
-    grow_micro_batch: bool = option(False, "use memory that freezing releases for larger ones", may_change=True)
+    grow_micro_batch: bool = option(False, "let micro-batches grow into memory that freezing frees", may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,9 @@ class FreezeConfig:
     """FreezeOut."""
 
     mode: str = option(
-        "schedule", "FreezeOut; adaptive: by measured change; off: LocalMIM", choices=("schedule", "adaptive", "off")
+        "schedule",
+        "schedule: FreezeOut; adaptive: by measured change; off: plain LocalMIM",
+        choices=("schedule", "adaptive", "off"),
     )
     t_0: float = option(0.8, "share of steps after warm-up that layer 0 trains, before `how` bends it", SHARE_ABOVE_0)
     how: str = option("cubic", "how t_i bends from t_0 to 1 over the layers", choices=tuple(POWERS))
@@ -252,9 +254,11 @@ class FreezeConfig:
     )
     min_steps_between_drops: int = option(0, "drop layers that freeze within this many steps together", AT_LEAST_0)
     prefix_precision: str = option(
-        "auto", "of the frozen prefix; auto: half on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "precision of the frozen prefix; auto: half on a GPU, fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
-    adaptive_measure: str = option("weight", "adaptive: the relative change of what", choices=("weight", "gradient"))
+    adaptive_measure: str = option("weight", "adaptive: change of weights or gradients", choices=("weight", "gradient"))
     adaptive_threshold: float = option(0.002, "adaptive: a layer below this relative change may freeze", ABOVE_0)
     adaptive_window: Duration = option(Duration(0.02, "fraction"), "adaptive: how long it must stay below", unit=IN_RUN)
     adaptive_floor: Duration = option(Duration(0.5, "fraction"), "adaptive: nothing freezes before", unit=IN_RUN)
@@ -281,7 +285,7 @@ class RunConfig:
     seed: int = option(0, "seed of weights, sample order, crops and masks", Range(0, 2**31 - 1))
     dir: str = option("", "run folder; default: runs/<recipe>", may_change=True, is_path=True)
     ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True, is_path=True)
-    log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, unit="steps", may_change=True)
+    log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, may_change=True)
     show_every: Duration = option(
         Duration(0.1, "fraction"), "how often TensorBoard gets reconstructions; 0: never", unit=IN_RUN, may_change=True
     )
