@@ -58,14 +58,6 @@ class Description:
         return "\n\n".join(blocks)
 
 
-@dataclass(frozen=True)
-class ShardToDescribe:
-    """One shard, as a worker needs it."""
-
-    path: Path
-    split: str
-
-
 def describe(folder: Path, *, workers: int) -> Description:
     """Read labels and sizes of all samples; no image is decoded.
 
@@ -74,7 +66,7 @@ def describe(folder: Path, *, workers: int) -> Description:
     """
     manifest = require_manifest(folder)
     splits: dict[str, SplitStatistics] = {}
-    tasks = [ShardToDescribe(folder / entry.name, entry.split) for entry in manifest.shards]
+    tasks = [(folder / entry.name, entry.split) for entry in manifest.shards]
     with show_progress("reading", total=sum(entry.num_samples for entry in manifest.shards)) as progress:
         for part in run_tasks(describe_shard, tasks, workers=workers, preload=[__name__]):
             splits.setdefault(part.split, SplitStatistics(part.split)).add(part)
@@ -82,21 +74,22 @@ def describe(folder: Path, *, workers: int) -> Description:
     return Description(manifest.settings["dataset"], manifest.classes, dict(sorted(splits.items())))
 
 
-def describe_shard(shard: ShardToDescribe) -> SplitStatistics:
-    """Statistics of one shard.
+def describe_shard(shard: tuple[Path, str]) -> SplitStatistics:
+    """Statistics of one shard, given with its split.
 
     Raises:
         InputError: it cannot be read.
     """
-    statistics = SplitStatistics(shard.split)
-    for sample in read_samples(shard.path):
+    path, split = shard
+    statistics = SplitStatistics(split)
+    for sample in read_samples(path):
         try:
             label = int(read_text(sample, "cls"))
             facts = json.loads(read_text(sample, "json"))
             shorter = min(int(facts["height"]), int(facts["width"]))
             extension = next(name for name in sample.members if name in EXTENSIONS.values())
         except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise InputError(f"{shard.path} holds the damaged sample {sample.key}: `verify` tells more.") from error
+            raise InputError(f"{path} holds the damaged sample {sample.key}: `verify` tells more.") from error
         statistics.labels[label] += 1
         statistics.shorter_sides[shorter] += 1
         statistics.extensions[extension] += 1

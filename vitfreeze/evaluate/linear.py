@@ -37,7 +37,6 @@ class LinearSettings:
         batch_size: training images per step, at most an eighth of them.
         epochs: passes over the training images.
         warmup_epochs: linear warm-up; a half cosine to 0 follows.
-        weight_decay: of the matrix, not of the bias.
         momentum: of both optimizers.
         seed: decides the initial weights and the order of the images.
     """
@@ -47,7 +46,6 @@ class LinearSettings:
     batch_size: int = 16384
     epochs: int = 90
     warmup_epochs: int = 10
-    weight_decay: float = 0.0
     momentum: float = 0.9
     seed: int = 0
 
@@ -82,7 +80,6 @@ def train_linear(
     train: Features,
     test: Features,
     *,
-    num_classes: int | None = None,
     settings: LinearSettings | None = None,
     ranks: Ranks | None = None,
 ) -> list[LinearResult]:
@@ -90,16 +87,17 @@ def train_linear(
 
     Args:
         train, test: features with labels.
-        num_classes: number of classes; default: one more than the largest label.
         settings: how to train.
         ranks: who share the rates, given the same features, each on its device; default: alone, where the features are.
 
     Raises:
-        ValueError: a label outside the classes, or features of different widths.
+        ValueError: features of different widths.
     """
     settings = settings or LinearSettings()
-    num_classes = _count_classes(train, test, num_classes=num_classes)
     ranks = ranks or Ranks.alone(train.features.device)
+    if train.features.shape[1] != test.features.shape[1]:
+        raise ValueError(f"features have widths {train.features.shape[1]} and {test.features.shape[1]}")
+    num_classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     rates = settings.learning_rates
     mine = list(range(ranks.rank, len(rates), ranks.world_size))
     table_R3 = torch.zeros(len(rates), 3, dtype=torch.float64)
@@ -117,15 +115,6 @@ def train_linear(
 def find_best(results: Sequence[LinearResult]) -> LinearResult:
     """Return the result with the highest top-1 accuracy."""
     return max(results, key=lambda result: result.top1)
-
-
-def _count_classes(train: Features, test: Features, *, num_classes: int | None) -> int:
-    if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(f"features have widths {train.features.shape[1]} and {test.features.shape[1]}")
-    largest = int(torch.cat([train.labels, test.labels]).max())
-    if num_classes is not None and largest >= num_classes:
-        raise ValueError(f"a label is {largest}, but there are {num_classes} classes, numbered from 0")
-    return num_classes or largest + 1
 
 
 class _Sweep:
@@ -178,7 +167,7 @@ class _Sweep:
         error_RBC = log_RBC.exp()
         error_RBC[:, torch.arange(len(labels_B), device=self.device), labels_B] -= 1
         error_RBC /= len(labels_B)
-        gradient_RDC = inputs_BD.T @ error_RBC + self.settings.weight_decay * self.weight_RDC
+        gradient_RDC = inputs_BD.T @ error_RBC
         if self.settings.optimizer == "lars":
             gradient_RDC *= _trust_ratio(self.weight_RDC, gradient_RDC)
         for value, gradient, momentum in (
