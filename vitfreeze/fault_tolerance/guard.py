@@ -87,7 +87,7 @@ class RunGuard:
         self.losses.close_step(was_skipped=self.engine.overflowed)
         last = done == self.total_steps
         if self.engine.overflowed:
-            self.reporter.log_event("skipped", done - 1, loss_scale=self.engine.loss_scale)
+            self.reporter.log_event("skipped", done, loss_scale=self.engine.loss_scale)
         # While steps are being skipped the weights may be spoiled already, and older checkpoints are worth more.
         saves_now = self.saves.is_due(done) and not self.writer.is_busy and not self.losses.skipped_in_a_row
         stop, save = self._agree(stop=bool(self.signals.received), save=saves_now)
@@ -110,13 +110,12 @@ class RunGuard:
         Raises:
             RunFailedError: a rank found a loss that is not finite, or too many steps in a row were skipped.
         """
-        rank, failures = self._ranks.rank, [0] * self._ranks.world_size  # by rank: the failed step, from 1
-        failure = self.losses.find_failure(include_last=include_last)
-        failures[rank] = 0 if failure is None else failure + 1
+        rank, failures = self._ranks.rank, [0] * self._ranks.world_size  # by rank: the failed step, counted from 1
+        failures[rank] = self.losses.find_failure(include_last=include_last) or 0
         wants_stop, wants_save, *failures = self._ranks.max([stop, save and rank == 0, *failures])
         failed_ranks = [number for number, step in enumerate(failures) if step]
         if failed_ranks or self.losses.has_skipped_too_often:
-            self._fail(failed_ranks, step=max(failures) - 1 if failed_ranks else None)
+            self._fail(failed_ranks, step=max(failures) if failed_ranks else None)
         return bool(wants_stop), bool(wants_save)
 
     def _fail(self, failed_ranks: Sequence[int], *, step: int | None) -> None:
@@ -128,7 +127,7 @@ class RunGuard:
         if step is None:
             number = self.losses.skipped_in_a_row
             message = f"{number} steps in a row were skipped because a gradient was not finite (see {where})"
-            self.reporter.log_event("failure", self.engine.global_steps - 1, reason="skipped_steps", skipped=number)
+            self.reporter.log_event("failure", self.engine.global_steps, reason="skipped_steps", skipped=number)
         else:
             ranks = ", ".join(map(str, failed_ranks))
             message = f"the loss of step {step} was not finite on rank {ranks} (scale losses and samples in {where})"

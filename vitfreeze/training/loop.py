@@ -173,7 +173,7 @@ def take_step(run: Run, now: ScheduledStep, batches: Iterator[Batch], guard: Run
         engine.step()
         losses = {"loss": loss, **parts}
         run.meter.add_losses(losses)
-        guard.losses.add(now.step, keys=batch.keys, losses=losses)
+        guard.losses.add(now.step + 1, keys=batch.keys, losses=losses)
         wait_seconds += batch.wait_seconds
     run.task.end_step(engine)
     run.meter.add_step(images=run.config.batch.global_size, wait_seconds=wait_seconds)
