@@ -68,7 +68,7 @@ class LossGuard:
         self._closed: list[_Step] = []
 
     def add(self, step: int, *, keys: Sequence[str], losses: Mapping[str, Tensor]) -> None:
-        """Note one micro-batch of a step, counted from 1: its samples, its total `loss` and the parts of it, as scalars."""
+        """Note one micro-batch of a step, counted from 1: its samples, its total `loss` and its parts, as scalars."""
         if self._open is None:
             self._open = _Step(number=step)
         self._open.keys.append(keys)
