@@ -45,7 +45,7 @@ def plot_schedule(config: Config, path: Path, *, steps_per_epoch: int | None = N
     _draw_rates(rates, schedule, steps_per_epoch=prediction.steps_per_epoch)
     _draw_cost(cost, prediction)
     cost.set_xlabel("epoch")
-    rates.set_title(f"{prediction.recipe}: {prediction.model}, freezing: {prediction.freezing}", loc="left")
+    rates.set_title(f"{prediction.recipe}: {prediction.model}, freezing {prediction.freezing}", loc="left")
     return _save(figure, path)
 
 
