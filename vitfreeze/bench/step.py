@@ -7,6 +7,7 @@ batch of 8 x 50 tokens. What disturbs the machine then disturbs both, and their 
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -131,6 +132,7 @@ class _Bench:
     def measure(self, frozen_layers: int, *, rounds: int, warmup_rounds: int, start: StepRow | None) -> StepRow:
         """Freeze up to a length of the prefix, and take one step, unit and set of targets per round."""
         self.engine.freeze(frozen_layers, step=frozen_layers)
+        self.time_unit()  # its memory, where it is kept, is then part of every peak
         memory = self.peak_memory()
         steps, targets, units = list[StepSeconds](), list[float](), list[float]()
         for number in range(-warmup_rounds, rounds):
@@ -170,10 +172,13 @@ class _Bench:
 
     def time_unit(self) -> float:
         """Return the seconds of the unit."""
+
+        def there_and_back() -> None:
+            self.unit(self.unit_tokens).square().mean().backward()
+
+        seconds = time_call(there_and_back, device=self.engine.device, clock=self.clock)
         self.unit.zero_grad()
-        return time_call(
-            lambda: self.unit(self.unit_tokens).square().mean().backward(), device=self.engine.device, clock=self.clock
-        )
+        return seconds
 
     def peak_memory(self) -> int | None:
         """Return the bytes at the highest point of a step, after one that has filled every buffer."""
@@ -188,10 +193,14 @@ class _Bench:
 
 
 def _reset_peak_of_process() -> bool:
-    """Let Linux forget the highest resident size of this process so far; False where there is no such thing."""
+    """Give back memory that is kept for reuse, and let Linux forget the highest resident size of this process so far.
+
+    Returns False where there is no such thing.
+    """
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):
         return False
     return True
 
