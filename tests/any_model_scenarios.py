@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,9 @@ def follow_plainly(name: str, precision: str) -> list[float]:
 def follow_all(matrix: Sequence[tuple[str, int, str]], folder: Path) -> dict[str, Any]:
     """Follow models through ZeRO stages and precisions, and in plain torch."""
     join_processes()
+    for name, _, _ in matrix:
+        MODELS[name]()
+    gc.freeze()  # what transformers brings need not be walked whenever an engine goes
     results: dict[str, Any] = {name_of(key): train_and_resume(key, folder / name_of(key)) for key in matrix}
     for name, precision in {(name, precision) for name, _, precision in matrix}:
         results[f"{name}-{precision}"] = follow_plainly(name, precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -239,8 +240,16 @@ class Net(nn.Module):
 LAYERS: Mapping[str, list[str]] = {name: [name] for name in ("first", "second", "third")}
 
 
+@pytest.fixture(scope="module")
+def old_objects() -> Iterator[None]:
+    """Keep what is there already out of the collections by which engines go: they would take most of the time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
-def engines() -> Iterator[Callable[..., FreezingEngine]]:
+def engines(old_objects: None) -> Iterator[Callable[..., FreezingEngine]]:
     """A function that builds an engine on one rank; all end with the test."""
     built: list[FreezingEngine] = []
 
