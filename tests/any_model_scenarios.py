@@ -13,7 +13,7 @@ from engine_scenarios import clone_tensors, ds_config, held_bytes, weights_of
 from torch import Tensor, nn
 
 from vitfreeze.checkpoint import load_engine, save_engine
-from vitfreeze.engine import FreezingEngine, join_processes
+from vitfreeze.engine import FreezingEngine, join_ranks
 
 GLOBAL_BATCH = 4
 ADAM: Mapping[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -115,7 +115,7 @@ def build(name: str, stage: int, precision: str, *, model: nn.Module) -> Freezin
         model,
         units=UNITS[name],
         ds_config=ds_config(stage, precision),
-        micro_batch=GLOBAL_BATCH // join_processes().world_size,
+        micro_batch=GLOBAL_BATCH // join_ranks().world_size,
         weight_decay=WEIGHT_DECAY,
         **ADAM,
     )
@@ -232,7 +232,7 @@ def follow_plainly(name: str, precision: str) -> list[float]:
 
 def follow_all(matrix: Sequence[tuple[str, int, str]], folder: Path) -> dict[str, Any]:
     """Follow models through ZeRO stages and precisions, and in plain torch."""
-    join_processes()
+    join_ranks()
     for name, _, _ in matrix:
         MODELS[name]()
     gc.freeze()  # what transformers brings need not be walked whenever an engine goes

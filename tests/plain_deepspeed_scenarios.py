@@ -11,7 +11,7 @@ import torch
 from engine_scenarios import Traffic, allow_fp16, ds_config
 from torch import Tensor, nn
 
-from vitfreeze.engine import join_processes
+from vitfreeze.engine import join_ranks
 
 # (stage, precision, extras)
 CASES: Mapping[str, tuple[int, str, Mapping[str, Any]]] = {
@@ -117,7 +117,7 @@ def pop_a_group() -> str:
 def everything() -> dict[str, Any]:
     allow_fp16()
     traffic = Traffic()
-    join_processes()
+    join_ranks()
     results: dict[str, Any] = {case: freeze_by_requires_grad(case, traffic) for case in CASES}
     return {**results, "mid-step": freeze_in_mid_step(), "pop": pop_a_group()}
 
