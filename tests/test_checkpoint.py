@@ -24,7 +24,7 @@ from vitfreeze.checkpoint import (
     load_checkpoint,
     open_checkpoint,
     read_weights,
-    save_checkpoint,
+    save_engine,
 )
 from vitfreeze.config import Config, Duration, OptimConfig
 from vitfreeze.engine import FreezingEngine
@@ -64,7 +64,7 @@ def engine() -> Iterator[FreezingEngine]:
 
 
 def save(engine: FreezingEngine, run_dir: Path, step: int, *, keep: int = 2) -> SaveReport:
-    return save_checkpoint(run_dir, step=step, engine=engine, config=Config(), extra={"step": step}, keep=keep)
+    return save_engine(run_dir, engine, step=step, config=Config(), extra={"step": step}, keep=keep)
 
 
 def names_in(parent: Path) -> set[str]:
@@ -75,7 +75,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     engine = build_engine()
     train(engine, 0, 5)
     local = {"sum": torch.tensor(1.5)}
-    save_checkpoint(tmp_path, step=5, engine=engine, config=Config(), extra={"a": [1]}, keep=1, local=local)
+    save_engine(tmp_path, engine, step=5, config=Config(), extra={"a": [1]}, keep=1, local=local)
     expected = train(engine, 5, 9)
     weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
     engine.destroy()
@@ -190,11 +190,10 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_alone(engine: FreezingEngi
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the system refuses larger files, as a full disk
     try:
-        report = save(engine, tmp_path, 2, keep=1)
+        with pytest.raises(CheckpointError, match=r"step 2 could not be saved in .*: rank 0: "):
+            save(engine, tmp_path, 2, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert report.path is None
-    assert "rank 0" in report.error
     assert names_in(tmp_path / "checkpoints") == {"newest", "step-00000001"}
     found = find_checkpoint(tmp_path)
     assert found is not None
@@ -227,7 +226,7 @@ def test_slices_that_were_not_saved_are_an_error(engine: FreezingEngine, tmp_pat
 
 def test_the_configuration_comes_back(engine: FreezingEngine, tmp_path: Path) -> None:
     config = replace(Config(), optim=OptimConfig(blr=3e-4))
-    save_checkpoint(tmp_path, step=1, engine=engine, config=config, extra={}, keep=1)
+    save_engine(tmp_path, engine, step=1, config=config, extra={}, keep=1)
     found = find_checkpoint(tmp_path)
     assert found is not None
     assert found.read_config() == config

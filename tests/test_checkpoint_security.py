@@ -18,7 +18,7 @@ import torch
 from tiny_shards import write_shards
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.checkpoint import folder, load_checkpoint, save_checkpoint
+from vitfreeze.checkpoint import folder, load_checkpoint, save_engine
 from vitfreeze.config import Config, load_config
 from vitfreeze.data import ReadOptions, TrainLoader
 from vitfreeze.engine import FreezingEngine
@@ -114,7 +114,7 @@ def test_a_run_folder_of_somebody_else_runs_no_code(
     engine: FreezingEngine, tmp_path: Path, trace: Path, name: str, bomb: Callable[[Path], bytes]
 ) -> None:
     run_dir = tmp_path / "run"
-    path = save_checkpoint(run_dir, step=1, engine=engine, config=Config(), extra={}, keep=1).path
+    path = save_engine(run_dir, engine, step=1, config=Config(), extra={}, keep=1).path
     assert path is not None
     (run_dir / "config.yaml").write_bytes((path / "config.yaml").read_bytes())
     targets = {"newest": path.parent / "newest", "manifest.json": path / "manifest.json"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vitfreeze.architecture import MODEL_SIZES
-from vitfreeze.checkpoint import CheckpointError, save_checkpoint
+from vitfreeze.checkpoint import CheckpointError, save_engine
 from vitfreeze.config import Config, ConfigError, FreezeConfig, ResumeConfig, RunConfig
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import LocalMIM
@@ -39,7 +39,7 @@ def start(config: Config, directory: Path, *, fresh: bool = False) -> Start:
 
 
 def save(engine: FreezingEngine, directory: Path, step: int, *, config: Config | None = None, **extra: str) -> Path:
-    report = save_checkpoint(directory, step=step, engine=engine, config=config or Config(), extra=extra, keep=3)
+    report = save_engine(directory, engine, step=step, config=config or Config(), extra=extra, keep=3)
     assert report.path is not None
     return report.path
 
@@ -164,7 +164,7 @@ def test_adaptive_checks_come_from_the_checkpoint_not_from_the_log(engine: Freez
     """The log may tell of decisions after the checkpoint, which the run has yet to make."""
     start(Config(), tmp_path)
     check = {"event": "adaptive_check", "step": 3, "changes": None, "frozen_layers": 1}
-    save_checkpoint(tmp_path, step=4, engine=engine, config=Config(), extra={"adaptive_checks": [check]}, keep=1)
+    save_engine(tmp_path, engine, step=4, config=Config(), extra={"adaptive_checks": [check]}, keep=1)
     later = {**check, "step": 6, "frozen_layers": 2}
     (tmp_path / "events.jsonl").write_text(json.dumps(check) + "\n" + json.dumps(later) + "\n")
     assert read_adaptive_checks(start(Config(), tmp_path).checkpoint) == (check,)

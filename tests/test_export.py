@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitfreeze.checkpoint import save_checkpoint
+from vitfreeze.checkpoint import save_engine
 from vitfreeze.config import Config, build_config, dump_config
 from vitfreeze.data import normalize
 from vitfreeze.engine import join_ranks
@@ -62,7 +62,7 @@ def run_dir(config: Config, images: Tensor, tmp_path_factory: pytest.TempPathFac
         output = engine(images)
         engine.backward(output.loss)
         engine.step()
-    save_checkpoint(directory, step=2, engine=engine, config=config, extra={"total_steps": 10}, keep=1)
+    save_engine(directory, engine, step=2, config=config, extra={"total_steps": 10}, keep=1)
     line = {"step": 2, "loss": 0.25, "images_per_second": 100.0}
     (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     engine.destroy()

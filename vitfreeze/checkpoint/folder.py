@@ -2,7 +2,7 @@
 
     checkpoints/newest                          name of the newest whole checkpoint, replaced atomically
     checkpoints/step-00001234/manifest.json     sizes and checksums of the other files, all scalars, its own checksum
-                             /config.yaml       the resolved configuration
+                             /config.yaml       the resolved configuration, of runs that have one
                              /weights.safetensors        the model as it computes
                              /masters.safetensors        fp32 weights of frozen layers that compute in half precision
                              /rank-00000.safetensors     a rank's slices of master weights and moments, its RNG state
@@ -73,7 +73,14 @@ class Checkpoint:
     rejected: tuple[tuple[str, str], ...] = ()
 
     def read_config(self) -> Config:
-        """Return the configuration of the run that wrote it; raises ConfigError when it cannot be used."""
+        """Return the configuration of the run that wrote it.
+
+        Raises:
+            ConfigError: it cannot be used.
+            CheckpointError: it has none, because `save_engine` wrote it.
+        """
+        if CONFIG not in self.manifest["files"]:
+            raise CheckpointError(f"{self.path} was saved with save_engine and has no configuration of a run")
         return load_run_config(self.path / CONFIG)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitfreeze import __version__
 from vitfreeze.checkpoint import folder
@@ -29,7 +29,7 @@ from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
 
-RNG_PREFIX, LOCAL_PREFIX = "rng/", "local/"
+RNG_PREFIX, LOCAL_PREFIX, BUFFER_PREFIX = "rng/", "local/", "buffer/"
 # A rank may wait this long for another one that writes to a slow disk.
 PATIENCE = timedelta(hours=1)
 
@@ -63,7 +63,7 @@ class _Snapshot:
     files: Mapping[str, Mapping[str, Tensor]]  # by file name, then by tensor name
     starts: Mapping[str, tuple[int, int]]  # by group: first and last + 1 element that this rank holds
     content: dict[str, Any]  # the manifest's, as far as it is known before the files are written
-    config_text: str
+    config_text: str  # empty without a configuration
 
 
 class SaveSchedule:
@@ -137,7 +137,7 @@ class CheckpointWriter:
         step: int,
         *,
         engine: FreezingEngine,
-        config: Config,
+        config: Config | None = None,
         extra: Mapping[str, Any],
         local: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -146,7 +146,7 @@ class CheckpointWriter:
         Args:
             step: optimizer steps taken.
             engine: whose weights and optimizer state are saved.
-            config: of the run.
+            config: of the run, if it has one.
             extra: whatever else is needed to go on, ready for JSON, the same on all ranks.
             local: tensors of this rank alone, which a run on the same number of ranks gets back.
         """
@@ -179,6 +179,11 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
         return report
+
+    def close(self) -> None:
+        """Give back what it needed to meet the other ranks; it saves no more."""
+        if self._ranks.group is not None:
+            torch.distributed.destroy_process_group(self._ranks.group)
 
     def _run(self, snapshot: _Snapshot, started: float, stalled: float) -> None:
         try:
@@ -216,17 +221,16 @@ class CheckpointWriter:
         for name, tensors in snapshot.files.items():
             save_file(dict(tensors), parts / name)
             sync_file(parts / name)
-            facts[name] = {"bytes": (parts / name).stat().st_size, "sha256": folder.hash_file(parts / name)}
+            facts[name] = _facts_of(parts / name)
         note = {"files": facts, "starts": snapshot.starts}
         write_durably(parts / _note_name(self._ranks.rank), json.dumps(note).encode())
 
     def _complete(self, parts: Path, snapshot: _Snapshot) -> tuple[str, int]:
         """On rank 0: write the manifest over all ranks' files, name the folder; return its name and size."""
-        write_durably(parts / folder.CONFIG, snapshot.config_text.encode())
-        size = (parts / folder.CONFIG).stat().st_size
-        files: dict[str, dict[str, Any]] = {
-            folder.CONFIG: {"bytes": size, "sha256": folder.hash_file(parts / folder.CONFIG)}
-        }
+        files: dict[str, dict[str, Any]] = {}
+        if snapshot.config_text:
+            write_durably(parts / folder.CONFIG, snapshot.config_text.encode())
+            files[folder.CONFIG] = _facts_of(parts / folder.CONFIG)
         slices: dict[str, list[list[Any]]] = {name: [] for name in snapshot.content["groups"]}
         for rank in range(self._ranks.world_size):
             note = json.loads((parts / _note_name(rank)).read_bytes())
@@ -259,26 +263,53 @@ class CheckpointWriter:
                 logger.warning("an old checkpoint cannot be removed: %s", error)
 
 
-def save_checkpoint(
-    run_dir: str | Path,
+def save_engine(
+    directory: str | Path,
+    engine: FreezingEngine,
     *,
     step: int,
-    engine: FreezingEngine,
-    config: Config,
-    extra: Mapping[str, Any],
-    keep: int,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+    config: Config | None = None,
     local: Mapping[str, Tensor] | None = None,
 ) -> SaveReport:
-    """Save a checkpoint and wait for it; see `CheckpointWriter` for the arguments. All ranks call it."""
-    writer = CheckpointWriter(run_dir, keep=keep, ranks=engine.ranks)
-    writer.start(step, engine=engine, config=config, extra=extra, local=local)
-    report = writer.finish()
+    """Save an engine and wait for it; `load_engine` goes on from it on any number of ranks. All ranks call it.
+
+    A whole checkpoint exists at every instant: a job that is killed in between leaves the one before.
+
+    Args:
+        directory: of the run, which all ranks see; the checkpoint is a folder in `checkpoints` there.
+        engine: between two optimizer steps.
+        step: optimizer steps taken, and so the first to take after a resume.
+        extra, config, local: see `CheckpointWriter.start`.
+        keep: number of newest checkpoints that stay.
+
+    Raises:
+        CheckpointError: it could not be written; those before stand.
+        TypeError: `extra` is not ready for JSON.
+    """
+    json.dumps(extra)  # here on all ranks, not later on one that the others wait for
+    writer = CheckpointWriter(directory, keep=keep, ranks=engine.ranks)
+    try:
+        writer.start(step, engine=engine, config=config, extra=extra or {}, local=local)
+        report = writer.finish()
+    finally:
+        writer.close()
     assert report is not None
+    if report.error:
+        raise folder.CheckpointError(f"step {step} could not be saved in {directory}: {report.error}")
     return report
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name; a tied weight once, by its first name."""
+    names: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {name: value.detach() for name, value in state.items() if names.setdefault(id(value), name) == name}
+
+
 def _take_snapshot(
-    step: int, *, engine: FreezingEngine, config: Config, extra: Mapping[str, Any], local: Mapping[str, Tensor]
+    step: int, *, engine: FreezingEngine, config: Config | None, extra: Mapping[str, Any], local: Mapping[str, Tensor]
 ) -> _Snapshot:
     """Copy this rank's part of the state to CPU memory, where training cannot change it."""
     state = engine.state()
@@ -287,9 +318,12 @@ def _take_snapshot(
     mine[f"{RNG_PREFIX}cpu"] = torch.get_rng_state()
     if engine.device.type == "cuda":
         mine[f"{RNG_PREFIX}cuda"] = torch.cuda.get_rng_state(engine.device)
+    weights = weights_of(engine.module)
+    if engine.rank:  # running statistics are of the images that a rank has seen; rank 0's are among the weights
+        parameters = {name for name, _ in engine.module.named_parameters()}
+        mine |= {f"{BUFFER_PREFIX}{name}": value for name, value in weights.items() if name not in parameters}
     files = {_rank_file(engine.rank): {name: _copy(tensor) for name, tensor in mine.items()}}
     if engine.rank == 0:
-        weights = engine.module.state_dict()
         files[folder.WEIGHTS] = {name: _copy(tensor) for name, tensor in weights.items()}
         # Weights that compute in fp32 are their own masters. The others are frozen, so they need no copy.
         files[folder.MASTERS] = {
@@ -317,11 +351,16 @@ def _take_snapshot(
         "saved_at": time.time(),
     }
     starts = {name: (group.start, group.start + group.master.numel()) for name, group in state.groups.items()}
-    return _Snapshot(step=step, files=files, starts=starts, content=content, config_text=dump_config(config))
+    config_text = dump_config(config) if config else ""
+    return _Snapshot(step=step, files=files, starts=starts, content=content, config_text=config_text)
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": folder.hash_file(path)}
 
 
 def _rank_file(rank: int) -> str:

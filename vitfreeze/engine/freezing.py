@@ -31,7 +31,7 @@ from vitfreeze.engine.launch import check_version, join_ranks
 from vitfreeze.engine.session import EngineSession, OptimizerStates
 from vitfreeze.engine.settings import read_settings
 from vitfreeze.engine.slices import GroupState, SliceReader
-from vitfreeze.engine.units import GroupPlan, plan_groups
+from vitfreeze.engine.units import GroupPlan, find_frozen_modules, plan_groups
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +72,17 @@ class FreezingEngine(Generic[ModelT]):
         ds_config: DeepSpeed's JSON as a path or its content: precision, ZeRO stage, communication.
         micro_batch: images per rank and micro-batch.
         accumulation: micro-batches per optimizer step.
-        units: a name and the prefixes of its parameters for each unit, first to freeze first; unit i freezes with layer
-            i. What no prefix matches trains to the end. By default the model's own.
-        frozen_layers: layers that are frozen from the start, on resume; they never get optimizer state.
+        units: a name and the prefixes of its parameters for each unit, first to freeze first; unit i freezes as layer
+            i. What no prefix matches is the unit `rest`, which trains to the end. By default the model's own. Tied
+            weights train as long as the last unit that names them.
+        frozen_layers: layers that are frozen from the start; they never get optimizer state.
         betas, eps, weight_decay: of AdamW; no decay on biases and other 1-d parameters.
         min_steps_between_drops: layers that freeze within so many steps of a drop wait for the next one.
-        prefix_precision: precision of frozen layers when the others train in fp32: auto is half on a GPU and fp32
-            on a CPU. Runs that train in half precision keep their own.
+        prefix_precision: precision of frozen layers when the others train in fp32, for models that take
+            `frozen_layers`: auto is half on a GPU and fp32 on a CPU. Runs that train in half precision, and models
+            that cannot know where the prefix ends, keep their own.
+        eval_frozen_units: put modules to eval() when all their parameters are frozen: dropout ends there, and running
+            statistics of batch norms stand still.
 
     Raises:
         ConfigError: the DeepSpeed configuration or a precision cannot be used.
@@ -99,6 +103,7 @@ class FreezingEngine(Generic[ModelT]):
         weight_decay: float = OptimConfig.weight_decay,
         min_steps_between_drops: int = FreezeConfig.min_steps_between_drops,
         prefix_precision: str = FreezeConfig.prefix_precision,
+        eval_frozen_units: bool = False,
     ) -> None:
         check_version()
         self.settings = read_settings(ds_config)
@@ -127,6 +132,8 @@ class FreezingEngine(Generic[ModelT]):
         self._last_drop_step: int | None = None
         self._loss: Tensor | None = None
         self._change_meter: ChangeMeter | None = None
+        self._eval_frozen_units = eval_frozen_units
+        self._frozen_modules: tuple[nn.Module, ...] = ()
         if frozen_layers:
             self._check_prefix(frozen_layers)
             self._keep_masters_of_weights(self._mark_frozen(frozen_layers))
@@ -169,8 +176,13 @@ class FreezingEngine(Generic[ModelT]):
         """Set the learning rate of every unit that trains, by unit name; rates of frozen units stay 0.
 
         Raises:
-            ValueError: a unit that trains has no rate.
+            ValueError: a unit that trains has no rate, or there is no unit of that name.
         """
+        strange = rates.keys() - {plan.unit.name for plan in self._plans}
+        if strange:
+            raise ValueError(
+                f"a learning rate for {min(strange)}, which is no unit; units that train: {', '.join(self.unit_names)}"
+            )
         for plan, group in self._live.groups():
             if plan.unit.trains(self.frozen_layers):
                 if plan.unit.name not in rates:
@@ -182,6 +194,9 @@ class FreezingEngine(Generic[ModelT]):
         """Run the model on one micro-batch and return its output; a model that takes `frozen_layers` is given it."""
         if self._takes_prefix:
             kwargs["frozen_layers"] = self.frozen_layers
+        for module in self._frozen_modules:
+            if module.training:  # again, when the caller has put the whole model to train()
+                module.eval()
         self._live.engine.set_gradient_accumulation_boundary(self.is_boundary)
         self._loss, output = self._live.engine(*args, **kwargs)
         return output
@@ -306,6 +321,8 @@ class FreezingEngine(Generic[ModelT]):
             for name in plan.parameter_names:
                 self._parameters[name].requires_grad_(False)
                 self._parameters[name].grad = None
+        if self._eval_frozen_units:
+            self._frozen_modules = tuple(find_frozen_modules(self.module))
         return newly
 
     def _soft_freeze(self, frozen_layers: int) -> None:
@@ -365,6 +382,13 @@ class FreezingEngine(Generic[ModelT]):
                 raise ConfigError(
                     f"freeze.prefix_precision = {precision!r}: allowed are auto and {trained}, in which the run trains "
                     f"({self.settings.source})"
+                )
+            return DTYPES[trained]
+        if not self._takes_prefix:
+            if precision not in ("auto", trained):
+                raise ConfigError(
+                    f"prefix_precision = {precision!r}: allowed are auto and {trained}, because the forward pass of "
+                    f"{type(self.module).__name__} takes no `frozen_layers`, and so cannot change precision behind them"
                 )
             return DTYPES[trained]
         if runs_backward and precision in ("bf16", "fp16"):
@@ -513,11 +537,25 @@ class FreezingEngine(Generic[ModelT]):
         }
         return {**exact, **self._frozen_masters}
 
+    def expect_state(self, frozen_layers: int) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
+        """Return, by group, names and shapes of the parameters whose state `load_state` needs for such a prefix.
+
+        Raises:
+            ValueError: more layers are frozen here, or a step is under way.
+        """
+        self._check_boundary("state is loaded")
+        if frozen_layers < self.frozen_layers:
+            raise ValueError(
+                f"the saved state has {frozen_layers} frozen layers, this engine {self.frozen_layers}, and those are "
+                "frozen for good: build it with no more than were saved"
+            )
+        return {plan.name: plan.parameters for plan in self._plans if plan.unit.trains(frozen_layers)}
+
     @torch.no_grad()
     def load_state(
         self, read: SliceReader, scalars: Mapping[str, Any], *, frozen_masters: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Restore the state of a run that had the same layers frozen, on any number of ranks and any ZeRO stage.
+        """Restore the state of a run on any number of ranks and any ZeRO stage; freeze as many layers as it had.
 
         Args:
             read: `read(group, key, start, stop)` returns these elements of a group's unpadded flat tensor; key is
@@ -527,13 +565,11 @@ class FreezingEngine(Generic[ModelT]):
                 weights are set from them. Without them, the model's own stay.
 
         Raises:
-            ValueError: another number of layers was frozen, a step is under way, or a name is not a frozen parameter.
+            ValueError: fewer layers were frozen, a step is under way, or a name is not a frozen parameter.
         """
-        self._check_boundary("state is loaded")
-        if scalars["frozen_layers"] != self.frozen_layers:
-            raise ValueError(
-                f"the saved state has {scalars['frozen_layers']} frozen layers, this engine {self.frozen_layers}"
-            )
+        expected = self.expect_state(scalars["frozen_layers"])
+        if expected.keys() != {plan.name for plan in self._live.plans}:
+            self._begin_at(scalars["frozen_layers"])
         for name, master in (frozen_masters or {}).items():
             if name not in self._parameters or self._parameters[name].requires_grad:
                 raise ValueError(f"master weights are given for {name}, which is not a frozen parameter")
@@ -542,6 +578,17 @@ class FreezingEngine(Generic[ModelT]):
                 self._frozen_masters[name] = master.detach().to("cpu", torch.float32, copy=True)
         self._live.write(read, scalars["adam_steps"])
         self._live.write_scalars(scalars)
+
+    def _begin_at(self, frozen_layers: int) -> None:
+        """Begin again with a longer prefix, for a state that is loaded next."""
+        self._check_prefix(frozen_layers)
+        self._live.destroy()
+        del self._live
+        self._mark_frozen(frozen_layers)
+        self._frozen_masters.clear()
+        self._convert_prefix()
+        gc.collect()
+        self._live = self._initialize()
 
     def destroy(self) -> None:
         """End the engine and free its memory; the model stays."""

@@ -20,10 +20,10 @@ _OFFLOAD = "offloaded optimizer state stays referenced by the parameters, so a d
 
 # Why a key that DeepSpeed knows is not allowed here.
 REFUSED_KEYS: Mapping[str, str] = {
-    "train_batch_size": f"{_RECIPE}: set batch.global_size",
-    "train_micro_batch_size_per_gpu": f"{_RECIPE}: set batch.micro_size",
+    "train_batch_size": f"{_RECIPE}: set batch.global_size, or micro_batch and accumulation of FreezingEngine",
+    "train_micro_batch_size_per_gpu": f"{_RECIPE}: set batch.micro_size, or micro_batch of FreezingEngine",
     "gradient_accumulation_steps": f"{_RECIPE}: it is derived from the global batch",
-    "optimizer": f"{_RECIPE}: set optim.*",
+    "optimizer": f"{_RECIPE}: set optim.*, or betas, eps and weight_decay of FreezingEngine",
     "scheduler": f"{_RECIPE}: set optim.* and freeze.*",
     "zero_allow_untested_optimizer": "it is set for you",
     "zero_force_ds_cpu_optimizer": _OFFLOAD,
@@ -31,7 +31,7 @@ REFUSED_KEYS: Mapping[str, str] = {
     "wandb": _MONITOR,
     "csv_monitor": _MONITOR,
     "comet": _MONITOR,
-    "activation_checkpointing": f"{_RECIPE}: set model.activation_checkpointing",
+    "activation_checkpointing": f"{_RECIPE}: set model.activation_checkpointing, or your model's own, not reentrant",
     "amp": "use fp16 or bf16",
     "torch_autocast": "use fp16 or bf16",
     "zero_optimization.offload_optimizer": _OFFLOAD,
@@ -131,7 +131,11 @@ def read_settings(ds_config: Mapping[str, Any] | str | Path) -> DeepSpeedSetting
         content=content, source=source, stage=stage, precision="fp16" if fp16 else "bf16" if bf16 else "fp32"
     )
     if stage not in (0, 1, 2) or isinstance(stage, bool):
-        reason = " (3 would scatter frozen weights too, and a ViT's weights fit every GPU)" if stage == 3 else ""
+        reason = (
+            " (3 gathers every weight, frozen or not, in every pass, from buffers that a layer cannot leave)"
+            if stage == 3
+            else ""
+        )
         raise settings.refuse("zero_optimization.stage", stage, f"allowed are 0, 1 and 2{reason}")
     if fp16 and bf16:
         raise settings.refuse("bf16.enabled", True, "only one of fp16 and bf16 may be enabled")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from vitfreeze.architecture import FreezeUnit
+
+log = logging.getLogger(__name__)
 
 # The prefixes of the parameters that each unit owns, first to freeze first.
 Units = Mapping[FreezeUnit, Sequence[str]]
@@ -92,6 +96,49 @@ def assign_units(names: Collection[str], units: Units) -> dict[str, FreezeUnit]:
     return {name: owners.get(name, REST) for name in names}
 
 
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return all names of every trainable parameter, by its first; a tied weight has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    return {first: (first, *others) for first, *others in names.values()}
+
+
+def assign_tied(tied: Mapping[str, Sequence[str]], units: Units) -> dict[str, FreezeUnit]:
+    """Return the unit of every parameter: of those that its names belong to, the last that freezes.
+
+    Args:
+        tied: all names of every parameter, by its first, as from `tied_names`.
+        units: prefixes may match any of the names.
+
+    Raises:
+        ValueError: as `assign_units`, or a unit is left with no parameter of its own.
+    """
+    by_name = assign_units([name for names in tied.values() for name in names], units)
+    owners = {first: max((by_name[name] for name in names), key=_end_of_training) for first, names in tied.items()}
+    for first, names in tied.items():
+        for name in names:
+            if by_name[name] != owners[first]:
+                other = next(alias for alias in names if by_name[alias] == owners[first])
+                log.warning(
+                    "%s of unit %r is tied to %s of unit %r, so it trains as long as that; name both in one unit to "
+                    "freeze them together",
+                    *(name, by_name[name].name, other, owners[first].name),
+                )
+    for unit in units:
+        if unit not in owners.values():
+            raise ValueError(
+                f"unit {unit.name!r} is empty: all its parameters are tied to those of units that train longer; name "
+                "them in one unit to freeze them together"
+            )
+    return owners
+
+
+def _end_of_training(unit: FreezeUnit) -> float:
+    return math.inf if unit.leaves_with is None else unit.leaves_with
+
+
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Tell whether a parameter has weight decay: not if it is 1-d or a bias (LocalMIM).
 
@@ -100,17 +147,27 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def find_frozen_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the largest modules that have parameters, none of which trains."""
+    parameters = list(model.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        yield model
+        return
+    for child in model.children():
+        yield from find_frozen_modules(child)
+
+
 def plan_groups(model: nn.Module, units: Mapping[str, Sequence[str]] | None = None) -> tuple[GroupPlan, ...]:
     """Return the parameter groups of all units, the last to freeze first, `<unit>.decay` before `<unit>.no_decay`.
 
     The order makes the groups that are dropped next the last of the optimizer.
 
     Raises:
-        ValueError: as `complete_units` and `assign_units`, or a model's own units leave out a parameter.
+        ValueError: as `complete_units` and `assign_tied`, or a model's own units leave out a parameter.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     known = complete_units(units, model=model)
-    owners = assign_units(parameters, known)
+    owners = assign_tied(tied_names(model), known)
     if units is None:
         for name, unit in owners.items():
             if unit == REST:
