@@ -29,7 +29,6 @@ class StopSignals:
     def __init__(self) -> None:
         self._first: int | None = None
         self._interrupted_at: float | None = None
-        self._process = os.getpid()
 
     @property
     def received(self) -> str:

@@ -33,7 +33,7 @@ from vitfreeze.pretrained import encoder_weights
 from vitfreeze.ranks import Ranks
 from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.loop import run_task
-from vitfreeze.training.summary import print_closing
+from vitfreeze.training.summary import log_summary
 from vitfreeze.training.task import read_beginning, refuse_settings
 
 logger = logging.getLogger("vitfreeze")
@@ -177,7 +177,7 @@ class Finetuning:
         ]
         if "ema_top1" in worth:
             lines.insert(2, f"average   {100 * worth['ema_top1']:.2f} % top-1; the exported weights are the average")
-        print_closing(self.config, directory, lines)
+        log_summary(self.config, directory, lines)
 
 
 def fit_positions(weights: Mapping[str, Tensor], *, model: Classifier) -> dict[str, Tensor]:

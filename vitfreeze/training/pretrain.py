@@ -19,7 +19,7 @@ from vitfreeze.pretrained import load_encoder
 from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.build import build_model
 from vitfreeze.training.loop import run_task
-from vitfreeze.training.summary import close_run
+from vitfreeze.training.summary import summarize_run
 from vitfreeze.training.task import read_beginning, refuse_settings
 
 logger = logging.getLogger("vitfreeze")
@@ -101,5 +101,5 @@ class Pretraining:
         return to_pixels(draw_figure(panels))
 
     def close(self, directory: Path, engine: FreezingEngine) -> None:
-        """Export the encoder, compare it with a random one, plot, and print the closing table."""
-        close_run(self.config, directory, model=engine.module, fresh_model=build_model(self.config))
+        """Export the encoder, compare it with a random one, plot, and print the summary."""
+        summarize_run(self.config, directory, model=engine.module, fresh_model=build_model(self.config))

@@ -22,7 +22,7 @@ from vitfreeze.text import format_bytes, format_table
 logger = logging.getLogger("vitfreeze")
 
 
-def close_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: LocalMIM) -> None:
+def summarize_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: LocalMIM) -> None:
     """Export the encoder, compare it with a random one by k-NN if there is validation data, plot, and print it all.
 
     Args:
@@ -39,13 +39,13 @@ def close_run(config: Config, directory: Path, *, model: LocalMIM, fresh_model: 
         f"board     tensorboard --logdir {directory / 'tensorboard'}",
         f"weights   {directory / 'checkpoints'}",
     ]
-    print_closing(config, directory, lines)
+    log_summary(config, directory, lines)
 
 
-def print_closing(config: Config, directory: Path, lines: Sequence[str]) -> None:
+def log_summary(config: Config, directory: Path, lines: Sequence[str]) -> None:
     """Log what freezing changed in a run, the plan beside it, and lines that say where everything is."""
     metrics = read_json_lines(directory / "metrics.jsonl")
-    parts = [closing_table(metrics), hold_against_plan(config, directory, metrics), "\n".join(lines)]
+    parts = [summary_table(metrics), hold_against_plan(config, directory, metrics), "\n".join(lines)]
     logger.info("\n%s", "\n\n".join(part for part in parts if part))
 
 
@@ -71,7 +71,7 @@ def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) ->
     return lines
 
 
-def closing_table(metrics: Sequence[Mapping[str, Any]]) -> str:
+def summary_table(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Return speed and optimizer state before the first freeze and after the last one, medians over logged lines."""
     fewest = min(line["frozen_layers"] for line in metrics)
     most = max(line["frozen_layers"] for line in metrics)
