@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data_prep.errors import InputError, OutputError
 from data_prep.images import EXTENSIONS
 from data_prep.manifest import require_manifest
 from data_prep.progress import show_progress
+from data_prep.shards import ShardEntry
 from data_prep.verification import read_samples, read_text
 from data_prep.workers import run_tasks
 
@@ -66,22 +68,21 @@ def describe(folder: Path, *, workers: int) -> Description:
     """
     manifest = require_manifest(folder)
     splits: dict[str, SplitStatistics] = {}
-    tasks = [(folder / entry.name, entry.split) for entry in manifest.shards]
-    with show_progress("reading", total=sum(entry.num_samples for entry in manifest.shards)) as progress:
-        for part in run_tasks(describe_shard, tasks, workers=workers, preload=[__name__]):
+    with show_progress("reading", total=sum(entry.num_samples for entry in manifest.shards)) as advance:
+        count = partial(describe_shard, folder=folder)
+        for part in run_tasks(count, manifest.shards, workers=workers, preload=[__name__]):
             splits.setdefault(part.split, SplitStatistics(part.split)).add(part)
-            progress.add(part.num_samples, num_bytes=part.num_image_bytes)
+            advance(part.num_samples, part.num_image_bytes)
     return Description(manifest.settings["dataset"], manifest.classes, dict(sorted(splits.items())))
 
 
-def describe_shard(shard: tuple[Path, str]) -> SplitStatistics:
-    """Statistics of one shard, given with its split.
+def describe_shard(entry: ShardEntry, *, folder: Path) -> SplitStatistics:
+    """Statistics of one shard.
 
     Raises:
         InputError: it cannot be read.
     """
-    path, split = shard
-    statistics = SplitStatistics(split)
+    statistics, path = SplitStatistics(entry.split), folder / entry.name
     for sample in read_samples(path):
         try:
             label = int(read_text(sample, "cls"))
@@ -145,11 +146,9 @@ def draw_figure(description: Description, path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2 * len(description.splits)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(description.splits), 2, squeeze=False)
     for (balance, sizes), statistics in zip(axes, description.splits.values(), strict=True):
         per_class = sorted((statistics.labels[label] for label in range(len(description.classes))), reverse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key, number_repeated
@@ -14,15 +13,6 @@ from data_prep.splits import ImageSet, choose_classes
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
-
-
-@dataclass
-class FoundImages:
-    """Image files below a folder, as paths relative to the root with `/` between parts; sorted."""
-
-    names: list[bytes] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    num_other_files: int = 0
 
 
 def list_class_folders(root: Path) -> list[str]:
@@ -38,20 +28,18 @@ def list_class_folders(root: Path) -> list[str]:
         raise InputError(f"cannot read the folder {root}: {error.strerror}.") from error
 
 
-def find_images(root: Path, below: str) -> FoundImages:
-    """All images in the folder `below` of `root` and in its folders; links are followed, hidden files are not seen.
+def find_images(root: Path, below: str) -> tuple[Listing, int]:
+    """All images in the folder `below` of `root` and in its folders, sorted, and the number of other files there.
+
+    Names are relative to the root with `/` between parts; links are followed, hidden files are not seen.
 
     Raises:
         InputError: a folder cannot be read.
     """
-    found = FoundImages()
-    for path, size in sorted(_walk_files(root / below, seen=set())):
-        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
-            found.names.append(os.fsencode(PurePosixPath(os.path.relpath(path, root))))
-            found.sizes.append(size)
-        else:
-            found.num_other_files += 1
-    return found
+    files = sorted(_walk_files(root / below, seen=set()))
+    images = [(path, size) for path, size in files if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
+    names = [os.fsencode(PurePosixPath(os.path.relpath(path, root))) for path, _ in images]
+    return Listing(names, [size for _, size in images], None), len(files) - len(images)
 
 
 def _walk_files(folder: str | Path, *, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
@@ -125,10 +113,10 @@ def list_labelled(root: Path, folders: Sequence[str]) -> tuple[Listing, list[int
         InputError: a folder cannot be read.
     """
     found = [find_images(root, folder) for folder in folders]
-    names = [name for images in found for name in images.names]
-    sizes = [size for images in found for size in images.sizes]
-    labels = [label for label, images in enumerate(found) for _ in images.names]
-    return Listing(names, sizes, None), labels, sum(images.num_other_files for images in found)
+    names = [name for images, _ in found for name in images.names]
+    sizes = [size for images, _ in found for size in images.sizes]
+    labels = [label for label, (images, _) in enumerate(found) for _ in images.names]
+    return Listing(names, sizes, None), labels, sum(num_other for _, num_other in found)
 
 
 def _read_split(root: Path, classes: list[str]) -> tuple[FileCatalogue, int]:
