@@ -1,0 +1,119 @@
+"""How large the study is: model, length of the plain run, labels. Chosen once and the same for every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+Settings = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size of the study.
+
+    Attributes:
+        encoder: model settings that pre-training and fine-tuning share.
+        pretraining: settings of every arm's pre-training but its recipe, length, rate and seed.
+        finetuning: settings of fine-tuning; `recipe` names the one that they change.
+        epochs: epochs of the plain run of budget 1.
+        finetuning_epochs, all_labels_epochs: epochs of fine-tuning with few labels, and with all.
+        blr: learning rate per 256 images where none is tuned or given.
+        labels: labels for fine-tuning, unless all are wanted.
+        held_out: training images put aside for every choice.
+        runs_here: whether the cells are run, not only written down as commands.
+        teraflops: what one device is assumed to sustain, for planned hours.
+    """
+
+    encoder: Settings
+    pretraining: Settings
+    finetuning: Settings
+    recipe: str
+    epochs: float
+    finetuning_epochs: float
+    all_labels_epochs: float
+    blr: float
+    labels: int
+    held_out: int
+    linear: tuple[str, ...] = ()
+    runs_here: bool = True
+    teraflops: float | None = None
+
+
+_LIGHT = {  # few epochs on few labels: a crop and a mirror, smoothed labels, nothing else
+    "optim.warmup": "10%",
+    "finetune.drop_path": "0",
+    "finetune.mixup": "0",
+    "finetune.cutmix": "0",
+    "finetune.aa": "",
+    "finetune.reprob": "0",
+}
+_CPU_ENCODER = {
+    "model.size": "vit_small_patch16",
+    "model.img_size": "48",
+    "model.patch_size": "8",
+    "model.embed_dim": "96",
+    "model.depth": "8",
+    "model.num_heads": "3",
+}
+
+SIZES: Mapping[str, Size] = MappingProxyType(
+    {
+        "minutes": Size(
+            encoder={"model.size": "vit_tiny_test", "model.img_size": "32"},
+            pretraining={
+                "batch.global_size": "16",
+                "batch.micro_size": "16",
+                "optim.warmup": "10%",
+                "data.workers": "0",
+                "run.ds_config": "cpu",
+                "run.log_every_steps": "5",
+            },
+            finetuning={
+                **_LIGHT,
+                "batch.global_size": "16",
+                "batch.micro_size": "16",
+                "data.workers": "0",
+                "run.ds_config": "cpu",
+            },
+            recipe="finetune_b_100ep",
+            epochs=2,
+            finetuning_epochs=4,
+            all_labels_epochs=2,
+            blr=8e-3,
+            labels=48,
+            held_out=24,
+            linear=("--epochs", "12", "--warmup-epochs", "1"),
+        ),
+        "cpu": Size(
+            encoder=_CPU_ENCODER,
+            pretraining={
+                "model.decoder_embed_dim": "48",
+                "model.decoder_num_heads": "2",
+                "batch.global_size": "128",
+                "batch.micro_size": "128",
+                "optim.warmup": "10%",
+                "data.workers": "0",
+                "run.ds_config": "cpu",
+                "run.log_every_steps": "10",
+            },
+            finetuning={
+                **_LIGHT,
+                "optim.base_lr": "2e-3",
+                "data.crop_scale": "[0.35, 1.0]",
+                "batch.global_size": "128",
+                "batch.micro_size": "128",
+                "data.workers": "0",
+                "run.ds_config": "cpu",
+            },
+            recipe="finetune_b_100ep",
+            epochs=5,
+            finetuning_epochs=12,
+            all_labels_epochs=6,
+            blr=4e-3,
+            labels=5000,
+            held_out=5000,
+        ),
+    }
+)
