@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         size = SIZES[options.size]
         arms = parse_arms(options.arms)
-        split = prepare(options.data, options.out / "data", held_out=size.held_out, labels=size.labels)
+        split = prepare(options.data, options.out / "data", held_out=size.held_out, labels=size.labels, pixels=size.stored_pixels)
         laboratory = Laboratory(size_name=options.size, size=size, split=split, out=options.out)
         rates = {}
         if options.tune:

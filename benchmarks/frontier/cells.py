@@ -112,12 +112,8 @@ class Laboratory:
 
     def finetuning(self, cell: Cell) -> list[str]:
         """Return the settings of a cell's fine-tuning; no paths."""
-        epochs = self.size.all_labels_epochs if cell.all_labels else self.size.finetuning_epochs
-        length = [
-            f"run.length={epochs:g} epochs",
-            f"eval.every={epochs:g} epochs",
-            f"checkpoint.every={epochs / 4:g} epochs",
-        ]
+        steps = self.size.all_labels_steps if cell.all_labels else self.size.finetuning_steps
+        length = [f"run.length={steps} steps", f"eval.every={steps} steps", f"checkpoint.every={steps // 4} steps"]
         classes = f"finetune.num_classes={self.split.num_classes}"
         return [*as_overrides({**self.size.encoder, **self.size.finetuning}), *length, classes, f"run.seed={cell.seed}"]
 
@@ -128,24 +124,22 @@ class Laboratory:
     def lengths(self, cell: Cell) -> Lengths:
         """Solve for the length of the arm that spends its share of the budget."""
         planner, overrides = self.planner(), self.pretraining(cell)
-        plain = planner.plan("off", [*overrides, f"run.length={self.size.epochs:g} epochs"])
-        step = plain["stages"][0]["flops_per_image"] * plain["global_batch"]
-        reference_steps = plain["total_steps"] // STOP_GRID * STOP_GRID
-        budget = cell.budget * reference_steps * step
+        reference = count_cost(planner.stretches("off", [*overrides, f"run.length={self.size.steps} steps"]))
+        budget = cell.budget * reference
         planned_flops = budget if cell.arm.kind.stopped else budget * cell.arm.share
         planned = planner.length_for(cell.arm.kind.recipe, overrides, planned_flops * (1 + 1e-12))
         steps = round(planned * cell.arm.share) if cell.arm.kind.stopped else planned
         stretches = planner.stretches(cell.arm.kind.recipe, [*overrides, f"run.length={planned} steps"])
         return Lengths(
             steps=steps, planned_steps=planned, flops=count_cost(stretches, stop_step=steps),
-            reference_flops=reference_steps * step, finetuning_flops=count_cost(self._finetuning_stretches(cell)),
+            reference_flops=reference, finetuning_flops=count_cost(self._finetuning_stretches(cell)),
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """Return what all cells of the study share."""
-        split, epochs = self.split, self.size.epochs
+        split = self.split
         counts = {"train": split.train, "held_out": split.held_out, "test": split.test, "classes": split.num_classes}
-        return {"size": self.size_name, "data": split.name, "images": counts, "epochs_of_plain": epochs}
+        return {"size": self.size_name, "data": split.name, "images": counts, "steps_of_plain": self.size.steps}
 
     def _finetuning_stretches(self, cell: Cell) -> tuple[Stretch, ...]:
         images = self.split.train if cell.all_labels else self.split.labelled

@@ -17,11 +17,12 @@ class Size:
         encoder: model settings that pre-training and fine-tuning share.
         pretraining: settings of every arm's pre-training but its recipe, length, rate and seed.
         finetuning: settings of fine-tuning; `recipe` names the one that they change.
-        epochs: epochs of the plain run of budget 1.
-        finetuning_epochs, all_labels_epochs: epochs of fine-tuning with few labels, and with all.
+        steps: steps of the plain run of budget 1, a multiple of 10, whatever the number of images.
+        finetuning_steps, all_labels_steps: steps of fine-tuning with few labels, and with all.
         blr: learning rate per 256 images where none is tuned or given.
         labels: labels for fine-tuning, unless all are wanted.
         held_out: training images put aside for every choice.
+        stored_pixels: shorter side to which larger images are shrunk when a folder is packed.
         runs_here: whether the cells are run, not only written down as commands.
         teraflops: what one device is assumed to sustain, for planned hours.
     """
@@ -30,12 +31,13 @@ class Size:
     pretraining: Settings
     finetuning: Settings
     recipe: str
-    epochs: float
-    finetuning_epochs: float
-    all_labels_epochs: float
+    steps: int
+    finetuning_steps: int
+    all_labels_steps: int
     blr: float
     labels: int
     held_out: int
+    stored_pixels: int
     linear: tuple[str, ...] = ()
     runs_here: bool = True
     teraflops: float | None = None
@@ -78,12 +80,13 @@ SIZES: Mapping[str, Size] = MappingProxyType(
                 "run.ds_config": "cpu",
             },
             recipe="finetune_b_100ep",
-            epochs=2,
-            finetuning_epochs=4,
-            all_labels_epochs=2,
+            steps=20,
+            finetuning_steps=12,
+            all_labels_steps=12,
             blr=8e-3,
             labels=48,
             held_out=24,
+            stored_pixels=64,
             linear=("--epochs", "12", "--warmup-epochs", "1"),
         ),
         "cpu": Size(
@@ -108,12 +111,13 @@ SIZES: Mapping[str, Size] = MappingProxyType(
                 "run.ds_config": "cpu",
             },
             recipe="finetune_b_100ep",
-            epochs=5,
-            finetuning_epochs=12,
-            all_labels_epochs=6,
+            steps=1750,
+            finetuning_steps=470,
+            all_labels_steps=2100,
             blr=4e-3,
             labels=5000,
             held_out=5000,
+            stored_pixels=72,
         ),
     }
 )

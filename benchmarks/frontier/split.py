@@ -52,7 +52,7 @@ class Sample:
     label: int
 
 
-def prepare(data: Path, out: Path, *, held_out: int, labels: int, workers: int = 1) -> Split:
+def prepare(data: Path, out: Path, *, held_out: int, labels: int, pixels: int, workers: int = 1) -> Split:
     """Pack and split a labelled folder or a folder of shards into `out`; what is there already is taken.
 
     Args:
@@ -61,6 +61,8 @@ def prepare(data: Path, out: Path, *, held_out: int, labels: int, workers: int =
         out: where the four folders of shards go.
         held_out: images taken from the training set for every choice.
         labels: of what is left, images whose labels fine-tuning may use.
+        pixels: shorter side to which larger images of a tree are shrunk; shards are taken as they are.
+        workers: processes that pack a tree.
 
     Raises:
         InputError: there are no such images, they have no labels, or too few of them; or `out` holds another split.
@@ -69,7 +71,7 @@ def prepare(data: Path, out: Path, *, held_out: int, labels: int, workers: int =
     marker = out / "split.json"
     if marker.is_file():
         return _read_split(marker, wanted)
-    source = data if (data / "_info.json").is_file() else _pack(data, out / "packed", workers=workers)
+    source = data if (data / "_info.json").is_file() else _pack(data, out / "packed", pixels=pixels, workers=workers)
     shards = _list_shards(source)
     classes = np.array([sample.label for sample in _read_samples(shards["train"])])
     parts = divide(classes, held_out=held_out, labels=labels, make_test="validation" not in shards)
@@ -91,9 +93,10 @@ def _read_split(marker: Path, wanted: Mapping[str, object]) -> Split:
     return Split(folder=marker.parent, **found["split"])
 
 
-def _pack(data: Path, out: Path, *, workers: int) -> Path:
-    command = [sys.executable, "-m", "data_prep", "folder", str(data), "--out", str(out), "--workers", str(workers)]
-    done = subprocess.run([*command, "--samples-per-shard", str(SAMPLES_PER_SHARD)], capture_output=True, text=True)
+def _pack(data: Path, out: Path, *, pixels: int, workers: int) -> Path:
+    options = ["--resize-shorter", str(pixels), "--samples-per-shard", str(SAMPLES_PER_SHARD), "--workers", str(workers)]
+    command = [sys.executable, "-m", "data_prep", "folder", str(data), "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{data} cannot be packed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
     return out
