@@ -112,7 +112,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             },
             recipe="finetune_b_100ep",
             steps=1750,
-            finetuning_steps=470,
+            finetuning_steps=352,
             all_labels_steps=2100,
             blr=4e-3,
             labels=5000,
