@@ -43,7 +43,6 @@ class Cell:
         blr: learning rate of pre-training per 256 images.
         all_labels: whether fine-tuning sees all labels.
         final: whether the test set judges, not the held-out images.
-        probes: whether k-NN and the linear probe are measured too.
     """
 
     arm: Arm
@@ -52,7 +51,6 @@ class Cell:
     blr: float
     all_labels: bool = False
     final: bool = False
-    probes: bool = True
 
     @property
     def run_name(self) -> str:
@@ -162,13 +160,24 @@ class Laboratory:
             weights = weights / "checkpoints" / f"step-{lengths.steps:08d}"
             pretraining = {**pretraining, **summarize_training(run / "pretrain", until=lengths.steps)}
         finetuning = self._finetune(cell, run, weights)
-        accuracies = {"finetuned": finetuning["top1"], **(self._probe(cell, run, weights) if cell.probes else {})}
+        accuracies = {"finetuned": finetuning["top1"], **self._probe(cell, run, weights)}
         return make_record(
             cell, study=self.describe(), lengths=lengths, pretraining=pretraining, finetuning=finetuning, accuracies=accuracies,
             overrides={"pretraining": self.pretraining(cell), "finetuning": self.finetuning(cell)},
             recipes={"pretraining": cell.arm.kind.recipe, "finetuning": self.size.recipe},
             labels=self.split.train if cell.all_labels else self.split.labelled,
         )  # fmt: skip
+
+    def try_rate(self, cell: Cell) -> float:
+        """Pre-train with a learning rate that is tried out; return what a linear probe on few images makes of it."""
+        run = self.out / "tuning" / cell.run_name
+        self._pretrain(cell, run, self.lengths(cell))
+        shards = {part: json.loads(self.split.shards(part)) for part in ("train", "held_out")}
+        command = [
+            "linear", str(run / "pretrain"), "--train", *shards["train"], "--val", *shards["held_out"],
+            "--limit", str(self.split.held_out), "--workers", self.size.pretraining["data.workers"], *self.size.linear,
+        ]  # fmt: skip
+        return self._do_once(run / "linear.json", command, read_linear)["top1"]
 
     def _pretrain(self, cell: Cell, run: Path, lengths: Lengths) -> dict[str, Any]:
         overrides = [
@@ -198,7 +207,7 @@ class Laboratory:
     def _probe(self, cell: Cell, run: Path, weights: Path) -> dict[str, float]:
         place = f"_{cell.arm.name}" if cell.arm.kind.stopped else ""
         train = ["--train", *json.loads(self.split.shards("train"))]
-        workers = ["--workers", self.size.pretraining.get("data.workers", "4")]
+        workers = ["--workers", self.size.pretraining["data.workers"]]
 
         def linear(judge: str, *options: str) -> dict[str, Any]:
             val = ["--val", *json.loads(self.split.shards(judge))]
