@@ -31,24 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tune", default="")
-    parser.add_argument("--tune-budget", type=float, default=0.3)
+    parser.add_argument("--tune-budget", type=float, default=0.2)
     parser.add_argument("--all-labels", action="store_true")
     parser.add_argument("--final", action="store_true")
     options = parser.parse_args(arguments)
     try:
         size = SIZES[options.size]
         arms = parse_arms(options.arms)
-        split = prepare(options.data, options.out / "data", held_out=size.held_out, labels=size.labels, pixels=size.stored_pixels)
+        split = prepare(
+            options.data, options.out / "data", held_out=size.held_out, labels=size.labels, pixels=size.stored_pixels
+        )
         laboratory = Laboratory(size_name=options.size, size=size, split=split, out=options.out)
-        rates = {}
+        rates, tuned = {}, {}
         if options.tune:
             for kind in dict.fromkeys(arm.kind.tuned_as for arm in arms):
                 found = {}
                 for blr in options.tune.split(","):
-                    cell = Cell(
-                        arm=parse_arm(kind), seed=TUNING_SEED, budget=options.tune_budget, blr=float(blr), probes=False
-                    )
-                    found[cell.blr] = run_cell(laboratory, cell, options.out / "tuning")["accuracy"]["finetuned"]
+                    cell = Cell(arm=parse_arm(kind), seed=TUNING_SEED, budget=options.tune_budget, blr=float(blr))
+                    found[cell.blr] = laboratory.try_rate(cell)
+                    write_json({**tuned, kind: found}, options.out / "tuning.json")
+                tuned[kind] = found
                 logger.info("%s: %s", kind, found)
                 rates[kind] = max(found, key=lambda rate: found[rate])
         for budget in options.budget.split(","):

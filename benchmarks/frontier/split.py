@@ -94,7 +94,14 @@ def _read_split(marker: Path, wanted: Mapping[str, object]) -> Split:
 
 
 def _pack(data: Path, out: Path, *, pixels: int, workers: int) -> Path:
-    options = ["--resize-shorter", str(pixels), "--samples-per-shard", str(SAMPLES_PER_SHARD), "--workers", str(workers)]
+    options = [
+        "--resize-shorter",
+        str(pixels),
+        "--samples-per-shard",
+        str(SAMPLES_PER_SHARD),
+        "--workers",
+        str(workers),
+    ]
     command = [sys.executable, "-m", "data_prep", "folder", str(data), "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
