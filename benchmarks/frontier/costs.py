@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.frontier.errors import InputError
 
+SECONDS_PER_HOUR = 3600
 Run = Callable[[Sequence[str]], str]  # runs a command of vitfreeze and returns what it prints
 
 

@@ -23,8 +23,11 @@ class Size:
         labels: labels for fine-tuning, unless all are wanted.
         held_out: training images put aside for every choice.
         stored_pixels: shorter side to which larger images are shrunk when a folder is packed.
-        runs_here: whether the cells are run, not only written down as commands.
-        teraflops: what one device is assumed to sustain, for planned hours.
+        probe: options of both probes.
+        linear: options of the linear probe.
+        all_labels: whether fine-tuning always sees all labels.
+        teraflops: what a GPU is assumed to sustain, for planned hours; where it is set, nothing is run, and the
+            commands are written down instead.
     """
 
     encoder: Settings
@@ -38,8 +41,9 @@ class Size:
     labels: int
     held_out: int
     stored_pixels: int
+    probe: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
-    runs_here: bool = True
+    all_labels: bool = False
     teraflops: float | None = None
 
 
@@ -57,6 +61,14 @@ _CPU_ENCODER = {
     "model.patch_size": "8",
     "model.embed_dim": "96",
     "model.depth": "8",
+    "model.num_heads": "3",
+}
+_GPU_ENCODER = {
+    "model.size": "vit_small_patch16",
+    "model.img_size": "64",
+    "model.patch_size": "8",
+    "model.embed_dim": "192",
+    "model.depth": "12",
     "model.num_heads": "3",
 }
 
@@ -111,13 +123,60 @@ SIZES: Mapping[str, Size] = MappingProxyType(
                 "run.ds_config": "cpu",
             },
             recipe="finetune_b_100ep",
-            steps=1750,
-            finetuning_steps=352,
+            steps=1400,
+            finetuning_steps=312,
             all_labels_steps=2100,
             blr=4e-3,
             labels=5000,
             held_out=5000,
             stored_pixels=72,
+            probe=("--limit", "10000"),
+            linear=("--blr", "1", "3", "10", "30", "100"),
+        ),
+        "gpu": Size(
+            encoder=_GPU_ENCODER,
+            pretraining={
+                "model.decoder_embed_dim": "96",
+                "model.decoder_num_heads": "3",
+                "batch.global_size": "512",
+                "batch.micro_size": "512",
+                "optim.warmup": "10%",
+                "data.workers": "12",
+                "run.ds_config": "zero1_bf16",
+            },
+            finetuning={
+                **_LIGHT,
+                "optim.base_lr": "2e-3",
+                "data.crop_scale": "[0.35, 1.0]",
+                "batch.global_size": "512",
+                "batch.micro_size": "512",
+                "data.workers": "12",
+                "run.ds_config": "zero1_bf16",
+            },
+            recipe="finetune_b_100ep",
+            steps=8000,
+            finetuning_steps=500,
+            all_labels_steps=2500,
+            blr=1e-3,
+            labels=5000,
+            held_out=5000,
+            stored_pixels=96,
+            linear=("--blr", "1", "3", "10", "30", "100"),
+        ),
+        "imagenet": Size(
+            encoder={},
+            pretraining={"optim.warmup": "10%", "data.workers": "12", "run.ds_config": "zero1_bf16"},
+            finetuning={"optim.warmup": "20%", "data.workers": "12", "run.ds_config": "zero1_bf16"},
+            recipe="finetune_b_100ep",
+            steps=62300,  # 100 epochs of what is left of ImageNet-1K, 2048 images a step
+            finetuning_steps=124600,  # 100 epochs, 1024 images a step
+            all_labels_steps=124600,
+            blr=2e-4,
+            labels=1_276_167,
+            held_out=5000,
+            stored_pixels=288,
+            all_labels=True,
+            teraflops=100,
         ),
     }
 )
