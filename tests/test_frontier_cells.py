@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.frontier.running import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +36,20 @@ def kill_when(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_request_to_stop_is_passed_on_and_waited_for() -> None:
+    saves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", f"import signal, sys, time; {saves}"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert wait_for(process) == (75, True)
+    assert signal.getsignal(signal.SIGTERM) == before
+    timer.join()
+    process.stdout.close()
 
 
 @pytest.mark.distributed

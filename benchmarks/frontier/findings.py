@@ -29,7 +29,6 @@ class Finding:
         accuracies: by metric, the mean over seeds and its interval, from 0 to 1.
         control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
         differences: by metric, the paired difference from the control, where seeds are shared with it.
-        hours: mean measured hours of pre-training, and of its fine-tuning.
     """
 
     arm: str
@@ -41,7 +40,6 @@ class Finding:
     accuracies: Mapping[str, Difference]
     control: str
     differences: Mapping[str, Difference]
-    hours: tuple[float, float]
 
     @property
     def is_plain(self) -> bool:
@@ -74,12 +72,12 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def group_records(records: Iterable[Record]) -> dict[GroupKey, list[Record]]:
-    """Part records that must not be compared: other data, size, number of labels, or judging images."""
+    """Part records that must not be compared: other data, size, number of labels, or judges; the test set first."""
     groups: dict[GroupKey, list[Record]] = {}
     for record in records:
         key = (record["data"], record["size"], record["labels"], record["judged_on"])
         groups.setdefault(key, []).append(record)
-    return groups
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (key[3] != "test", key))}
 
 
 def find(records: Sequence[Record]) -> list[Finding]:
@@ -119,14 +117,11 @@ def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record]) -> Find
         for metric in METRICS
         if shared
     }
-    hours = [
-        sum(runs[seed]["seconds"][task] for seed in seeds) / len(seeds) / 3600 for task in ("pretraining", "finetuning")
-    ]
     return Finding(
         arm=one["arm"], budget=one["budget"], words=one["words"], seeds=seeds, cost=one["cost"]["pretraining"],
         cost_with_finetuning=one["cost"]["with_finetuning"],
         accuracies={metric: mean_interval(values(runs, metric, seeds)) for metric in METRICS},
-        control=control[shared[0]]["arm"] if shared else "", differences=differences, hours=(hours[0], hours[1]),
+        control=control[shared[0]]["arm"] if shared else "", differences=differences,
     )  # fmt: skip
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from benchmarks.frontier.arms import Arm, parse_arm
@@ -167,21 +169,46 @@ def ask(arguments: Sequence[str]) -> str:
 
 
 def run_command(arguments: Sequence[str], *, log: Path) -> str:
-    """Run a long command of vitfreeze, its messages appended to `log`; return what it prints.
+    """Run a long command of vitfreeze; return what it prints, which is left beside `log` as .out.
+
+    Args:
+        arguments: the command.
+        log: where its messages are appended.
 
     Raises:
         CellError: it failed.
-        StoppedError: it was asked to stop, and has saved.
+        StoppedError: it was asked to stop, or this process was: Ctrl-C reaches both, SIGTERM is passed on.
     """
-    command = [sys.executable, "-m", "vitfreeze", *arguments]
-    with log.open("a") as messages:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=messages, text=True)
-    if done.returncode == EXIT_STOPPED:
-        raise StoppedError(f"vitfreeze {arguments[0]} was asked to stop and has saved")
-    if done.returncode:
+    command, out = [sys.executable, "-m", "vitfreeze", *arguments], log.with_suffix(".out")
+    with log.open("a") as messages, out.open("w") as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=messages)
+        status, was_stopped = wait_for(process)
+    if was_stopped or status == EXIT_STOPPED:
+        raise StoppedError(f"vitfreeze {arguments[0]} was asked to stop")
+    if status:
         said = _last_line(log.read_text())
-        raise CellError(f"vitfreeze {arguments[0]} ended with status {done.returncode}: {said} (all of it in {log})")
-    return done.stdout
+        raise CellError(f"vitfreeze {arguments[0]} ended with status {status}: {said} (all of it in {log})")
+    return out.read_text()
+
+
+def wait_for(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
+    """Wait for a command that may have to save first; return its status and whether it was asked to stop from here."""
+    was_stopped = False
+
+    def pass_on(signum: int, _: FrameType | None) -> None:
+        nonlocal was_stopped
+        was_stopped = True
+        process.send_signal(signum)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        while True:
+            try:
+                return process.wait(), was_stopped
+            except KeyboardInterrupt:
+                was_stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _last_line(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.frontier.arms import STOP_GRID
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.costs import Planner, Run, Stretch, count_cost
+from benchmarks.frontier.errors import InputError
 from benchmarks.frontier.sizes import Settings, Size
 from benchmarks.frontier.split import Split
 
@@ -80,12 +81,21 @@ class Study:
         return count_cost(self._planner(self.split.train).stretches("off", settings))
 
     def lengths(self, cell: Cell) -> Lengths:
-        """Solve for the length of the arm that spends its share of the budget, and never more."""
+        """Solve for the length of the arm that spends its share of the budget, and never more.
+
+        Raises:
+            InputError: the budget is less than a step, or does not go with a run that is stopped early.
+        """
         planner, settings, arm = self._planner(self.split.train), self.pretraining_settings(cell), cell.arm
         reference = self.reference_flops(cell)
         planned_share = 1.0 if arm.kind.stopped else arm.share
         target = cell.budget * planned_share * reference * (1 + 1e-12)  # a plain run is the budget itself, rounded
         planned = planner.length_for(arm.kind.recipe, settings, target)
+        if arm.kind.stopped and planned % STOP_GRID:
+            raise InputError(
+                f"{arm.name} is stopped after tenths of the plain run, which has {planned} steps at a budget of "
+                f"{cell.budget:g}; allowed: budgets that make them a multiple of {STOP_GRID}"
+            )
         steps = round(planned * arm.share) if arm.kind.stopped else planned
         stretches = planner.stretches(arm.kind.recipe, [*settings, f"run.length={planned} steps"])
         return Lengths(
