@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.frontier.running import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
