@@ -39,7 +39,7 @@ def describe_group(key: GroupKey, records: Sequence[Any]) -> str:
     kind = "Test set" if all(map(is_confirmation, records)) else "Exploration"
     return (
         f"{kind}: {data}, size `{size}`, {one['images']['train']:,} training images, fine-tuned on {labels:,} labels, "
-        f"judged on {judged}; seeds {', '.join(map(str, seeds))}."
+        f"judged on {judged}; seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
     )
 
 
