@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.frontier.errors import InputError
 
 SECONDS_PER_HOUR = 3600
-Run = Callable[[Sequence[str]], str]  # runs a command of vitfreeze and returns what it prints
+Run = Callable[[tuple[str, ...]], str]  # runs a command of vitfreeze and returns what it prints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Planner:
 
     def plan(self, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
         """Return the plan of a run as the command line prints it."""
-        return json.loads(self.run(["plan", recipe, *overrides, "--images", str(self.images), "--json"]))
+        return json.loads(self.run(("plan", recipe, *overrides, "--images", str(self.images), "--json")))
 
     def stretches(self, recipe: str, overrides: Sequence[str]) -> tuple[Stretch, ...]:
         """Return the stretches of a run."""

@@ -5,6 +5,7 @@ That one goes on from its newest checkpoint.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import resource
@@ -160,8 +161,9 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ask(arguments: Sequence[str]) -> str:
-    """Run a short command of vitfreeze and return what it prints; raises CellError."""
+@functools.cache
+def ask(arguments: tuple[str, ...]) -> str:
+    """Run a short command of vitfreeze that always prints the same, and return that; raises CellError."""
     done = subprocess.run([sys.executable, "-m", "vitfreeze", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise CellError(f"vitfreeze {arguments[0]} failed: {_last_line(done.stderr)}")

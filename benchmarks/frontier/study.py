@@ -77,7 +77,7 @@ class Study:
 
     def reference_flops(self, cell: Cell) -> float:
         """Return the operations of the plain run of budget 1."""
-        settings = [*self.pretraining_settings(cell), f"run.length={self.size.steps} steps"]
+        settings = [*without_seed(self.pretraining_settings(cell)), f"run.length={self.size.steps} steps"]
         return count_cost(self._planner(self.split.train).stretches("off", settings))
 
     def lengths(self, cell: Cell) -> Lengths:
@@ -86,7 +86,8 @@ class Study:
         Raises:
             InputError: the budget is less than a step, or does not go with a run that is stopped early.
         """
-        planner, settings, arm = self._planner(self.split.train), self.pretraining_settings(cell), cell.arm
+        planner, arm = self._planner(self.split.train), cell.arm
+        settings = without_seed(self.pretraining_settings(cell))
         reference = self.reference_flops(cell)
         planned_share = 1.0 if arm.kind.stopped else arm.share
         target = cell.budget * planned_share * reference * (1 + 1e-12)  # a plain run is the budget itself, rounded
@@ -106,7 +107,7 @@ class Study:
     def finetuning_stretches(self, cell: Cell) -> tuple[Stretch, ...]:
         """Return the stretches of a cell's fine-tuning."""
         images = self.split.train if cell.all_labels else self.split.labelled
-        settings = [*self.finetuning_settings(cell), "run.task=finetune"]
+        settings = [*without_seed(self.finetuning_settings(cell)), "run.task=finetune"]
         return self._planner(images).stretches(self.size.recipe, settings)
 
     def _planner(self, images: int) -> Planner:
@@ -161,3 +162,8 @@ class Study:
 def as_overrides(chosen: Settings) -> list[str]:
     """Return settings as the command line takes them."""
     return [f"{key}={value if value else json.dumps(value)}" for key, value in chosen.items()]
+
+
+def without_seed(settings: list[str]) -> list[str]:
+    """Return the settings that a plan depends on, so that it is asked for once for all seeds."""
+    return [setting for setting in settings if not setting.startswith("run.seed=")]
