@@ -295,7 +295,8 @@ def test_interval_of_a_mean() -> None:
 def make_record(arm: str, seed: int, accuracy: float, *, cost: float = 1.0, **changes: Any) -> dict[str, Any]:
     return {
         "data": "images", "size": "cpu", "images": {"train": 450, "held_out": 50, "test": 100}, "steps_of_plain": 1000,
-        "arm": arm, "words": parse_arm(arm).words, "budget": 1.0, "seed": seed, "labels": 45, "judged_on": "held_out",
+        "arm": arm, "words": parse_arm(arm).words, "budget": 1.0, "seed": seed, "blr": 1e-3, "labels": 45,
+        "judged_on": "held_out",
         "accuracy": {"finetuned": accuracy, "linear": 0.4, "knn_10": 0.3},
         "cost": {"pretraining": cost, "with_finetuning": (cost + 0.5) / 1.5},
         "seconds": {"pretraining": 3600.0, "finetuning": 1800.0}, **changes,
@@ -322,6 +323,15 @@ def test_an_arm_stands_against_the_plain_run_of_its_cost_and_seed() -> None:
     assert found["stopped-0.5"].differences["finetuned"].mean == pytest.approx(-0.01)
     assert found["stopped-0.5"].differences["finetuned"].verdict == "one seed"
     assert found["stopped-0.7"].control == ""  # nobody ran a plain run of cost 0.7
+
+
+def test_the_best_plain_rate_is_the_control() -> None:
+    faster = [make_record("plain", seed, 0.55, blr=2e-3) for seed in (0, 1, 2)]
+    found = {(finding.arm, finding.blr): finding for finding in find([*EXPLORED, *faster])}
+    assert len(found) == 6
+    assert found["plain", 1e-3].accuracies["finetuned"].mean == pytest.approx(0.51)
+    assert found["paper", 1e-3].control_accuracy == found["plain", 2e-3].accuracies["finetuned"]
+    assert found["paper", 1e-3].differences["finetuned"].mean == pytest.approx(0.49 - 0.55, abs=1e-3)
 
 
 def test_records_that_must_not_be_compared_are_parted() -> None:
@@ -352,6 +362,8 @@ def test_claims_need_five_fresh_seeds_and_are_corrected_together() -> None:
         confirm([*EXPLORED, *make_confirmation(range(1, 6), 0.01)], [("t09", 1.0)])
     with pytest.raises(InputError, match="4 claims are made; allowed: 1 to 3"):
         confirm(fresh, [("t09", budget) for budget in (0.25, 0.5, 0.75, 1.0)])
+    with pytest.raises(InputError, match="t09 at budget 1 has 2 learning rates"):
+        confirm([*fresh, make_record("t09", 10, 0.5, blr=2e-3, judged_on="test", labels=450)], [("t09", 1.0)])
     with pytest.raises(InputError, match="paper at budget 1 has 0 pairs"):
         confirm(EXPLORED, [("paper", 1.0)])  # exploration confirms nothing
 
@@ -384,6 +396,14 @@ def test_report_prints_draws_and_renews_documents(tmp_path: Path, capsys: pytest
     assert "old" not in text
     assert printed.strip() in text
     assert plot.stat().st_size < 300_000
+
+
+def test_summary_has_the_best_rate_of_every_arm_beside_its_control() -> None:
+    slower = [make_record("paper", seed, 0.50, cost=0.9995, blr=5e-4) for seed in (0, 1, 2)]
+    rows = report.format_summary(find([*EXPLORED, *slower])).splitlines()
+    assert len(rows) == 4  # two of heading, paper, stopped-0.5; nobody ran the control of stopped-0.7
+    assert "(cost 1.00) | 51.0 ± 2.5 | 50.0 ± 0.0 | -1.0 [-3.5, +1.5]: none |" in rows[2]
+    assert "(cost 0.50) | 49.0 | 48.0 | -1.0: one seed |" in rows[3]
 
 
 @pytest.mark.parametrize(

@@ -19,26 +19,31 @@ MOST_CLAIMS = 3
 SIGNIFICANCE = 0.05
 Record = Mapping[str, Any]
 GroupKey = tuple[str, str, int, str]
+ArmKey = tuple[str, float, float]  # arm, budget, blr
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One arm at one budget: what it costs, what it reaches, and what it is worth against its control.
+    """One arm at one budget and learning rate: what it costs, what it reaches, what it is worth against its control.
 
     Attributes:
+        blr: learning rate of pre-training per 256 images.
         accuracies: by metric, the mean over seeds and its interval, from 0 to 1.
         control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
+        control_accuracy: what the control reaches by the primary metric, on the seeds that are shared.
         differences: by metric, the paired difference from the control, where seeds are shared with it.
     """
 
     arm: str
     budget: float
+    blr: float
     words: str
     cost: float
     cost_with_finetuning: float
     seeds: tuple[int, ...]
     accuracies: Mapping[str, Difference]
     control: str
+    control_accuracy: Difference | None
     differences: Mapping[str, Difference]
 
     @property
@@ -82,17 +87,18 @@ def group_records(records: Iterable[Record]) -> dict[GroupKey, list[Record]]:
 
 def find(records: Sequence[Record]) -> list[Finding]:
     """Return the findings of one group, by falling cost."""
-    arms: dict[tuple[str, float], dict[int, Record]] = {}
+    arms: dict[ArmKey, dict[int, Record]] = {}
     for record in records:
-        arms.setdefault((record["arm"], record["budget"]), {})[record["seed"]] = record
+        arms.setdefault((record["arm"], record["budget"], record["blr"]), {})[record["seed"]] = record
     found = [_find_arm(runs, _find_control(runs, arms)) for runs in arms.values()]
-    return sorted(found, key=lambda finding: (-round(finding.cost, 3), not finding.is_plain, finding.arm))
+    return sorted(found, key=lambda finding: (-round(finding.cost, 3), not finding.is_plain, finding.arm, finding.blr))
 
 
-def _find_control(
-    runs: Mapping[int, Record], arms: Mapping[tuple[str, float], Mapping[int, Record]]
-) -> Mapping[int, Record]:
-    """Return the plain runs of the same cost, which may differ by one step, that share most seeds with `runs`."""
+def _find_control(runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]]) -> Mapping[int, Record]:
+    """Return the plain runs of the same cost, which may differ by one step, that share most seeds with `runs`.
+
+    Of plain runs with several learning rates, the best is the control, as it would be for a user.
+    """
     one = next(iter(runs.values()))
     if parse_arm(one["arm"]).kind_name == "plain":
         return {}
@@ -102,7 +108,12 @@ def _find_control(
         return parse_arm(other["arm"]).kind_name == "plain" and difference <= 1.001 / one["steps_of_plain"]
 
     plain = [others for others in arms.values() if fits(next(iter(others.values())))]
-    return max(plain, key=lambda others: len(others.keys() & runs.keys()), default={})
+
+    def rank(others: Mapping[int, Record]) -> tuple[int, float]:
+        mean = sum(other["accuracy"][PRIMARY] for other in others.values()) / len(others)
+        return len(others.keys() & runs.keys()), mean
+
+    return max(plain, key=rank, default={})
 
 
 def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record]) -> Finding:
@@ -118,10 +129,11 @@ def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record]) -> Find
         if shared
     }
     return Finding(
-        arm=one["arm"], budget=one["budget"], words=one["words"], seeds=seeds, cost=one["cost"]["pretraining"],
-        cost_with_finetuning=one["cost"]["with_finetuning"],
+        arm=one["arm"], budget=one["budget"], blr=one["blr"], words=one["words"], seeds=seeds,
+        cost=one["cost"]["pretraining"], cost_with_finetuning=one["cost"]["with_finetuning"],
         accuracies={metric: mean_interval(values(runs, metric, seeds)) for metric in METRICS},
-        control=control[shared[0]]["arm"] if shared else "", differences=differences,
+        control=control[shared[0]]["arm"] if shared else "",
+        control_accuracy=mean_interval(values(control, PRIMARY, shared)) if shared else None, differences=differences,
     )  # fmt: skip
 
 
@@ -137,10 +149,15 @@ def confirm(records: Sequence[Record], claims: Sequence[tuple[str, float]]) -> l
         )
     judging = [record for record in records if is_confirmation(record)]
     explored = {(r["data"], r["seed"]) for r in records if not is_confirmation(r)}
-    findings = {(finding.arm, finding.budget): finding for finding in find(judging)} if judging else {}
+    findings = find(judging) if judging else []
     differences = []
     for claim in claims:
-        finding = findings.get(claim)
+        made = [finding for finding in findings if (finding.arm, finding.budget) == claim]
+        if len(made) > 1:
+            raise InputError(
+                f"{claim[0]} at budget {claim[1]:g} has {len(made)} learning rates; a claim has one, chosen"
+            )
+        finding = made[0] if made else None
         difference = finding.differences.get(PRIMARY) if finding else None
         pairs = difference.pairs if difference else 0
         if difference is None or pairs < FRESH_SEEDS:

@@ -45,15 +45,23 @@ def describe_group(key: GroupKey, records: Sequence[Any]) -> str:
 
 def format_table(findings: Sequence[Finding]) -> str:
     """Return findings as a markdown table: cost, accuracies in per cent, difference from its control."""
-    head = ["arm", "cost", "with fine-tuning", "seeds", *NAMES.values(), "fine-tuned, minus plain of equal cost", "so"]
+    head = [
+        "arm",
+        "blr",
+        "cost",
+        "with fine-tuning",
+        "seeds",
+        *NAMES.values(),
+        "fine-tuned, minus plain of equal cost",
+        "so",
+    ]
     rows = [head, ["---"] * len(head)]
     for finding in findings:
         difference = finding.differences.get(PRIMARY)
-        rows.append([
-            f"`{finding.arm}`: {finding.words}", f"{finding.cost:.3f}", f"{finding.cost_with_finetuning:.3f}",
-            str(len(finding.seeds)), *(format_mean(finding.accuracies[metric]) for metric in METRICS),
-            format_difference(difference) if difference else "", describe_verdict(finding),
-        ])  # fmt: skip
+        costs = [f"{finding.blr:g}", f"{finding.cost:.3f}", f"{finding.cost_with_finetuning:.3f}"]
+        reached = [format_mean(finding.accuracies[metric]) for metric in METRICS]
+        against = [format_difference(difference) if difference else "", describe_verdict(finding)]
+        rows.append([f"`{finding.arm}`: {finding.words}", *costs, str(len(finding.seeds)), *reached, *against])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -91,16 +99,20 @@ def format_claims(claims: Sequence[Claim]) -> str:
 
 
 def format_summary(findings: Sequence[Finding]) -> str:
-    """Return the rows of a short table for a first page: each frozen or stopped arm beside plain of equal cost."""
+    """Return the rows of a short table for a first page: each frozen or stopped arm beside plain of equal cost.
+
+    Of an arm with several learning rates, the best is shown.
+    """
     rows = [["pre-training at equal counted cost", "plain", "arm", "difference, points"], ["---"] * 4]
-    plain = {(finding.arm, finding.budget): finding for finding in findings if finding.is_plain}
+    best: dict[tuple[str, float], Finding] = {}
+    for finding in sorted(findings, key=lambda finding: finding.accuracies[PRIMARY].mean):
+        best[finding.arm, finding.budget] = finding
     for finding in findings:
-        if not finding.control:
+        if finding.control_accuracy is None or best[finding.arm, finding.budget] is not finding:
             continue
         difference = finding.differences[PRIMARY]
-        control = next(other for (arm, _), other in plain.items() if arm == finding.control)
         rows.append([
-            f"{finding.words} (cost {finding.cost:.2f})", format_mean(control.accuracies[PRIMARY]),
+            f"{finding.words} (cost {finding.cost:.2f})", format_mean(finding.control_accuracy),
             format_mean(finding.accuracies[PRIMARY]), f"{format_difference(difference)}: {difference.verdict}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -112,7 +124,7 @@ def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    plain = sorted((finding for finding in findings if finding.is_plain), key=lambda finding: finding.cost)
+    plain = best_at_each_cost([finding for finding in findings if finding.is_plain])
     costs = [finding.cost for finding in plain]
     means = [100 * finding.accuracies[PRIMARY].mean for finding in plain]
     if plain and all(finding.accuracies[PRIMARY].pairs > 1 for finding in plain):
@@ -126,7 +138,7 @@ def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
         spread = 0.0 if value.pairs < 2 else 50 * (value.high - value.low)
         axes.errorbar(
             finding.cost, 100 * value.mean, yerr=spread or None, fmt=markers[number % len(markers)], capsize=3,
-            label=f"{finding.arm}: {finding.words}",
+            label=f"{finding.arm}, blr {finding.blr:g}: {finding.words}",
         )  # fmt: skip
     axes.set_xlabel("counted cost of pre-training (plain run = 1)")
     axes.set_ylabel("fine-tuned top-1, per cent")
@@ -135,6 +147,14 @@ def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def best_at_each_cost(plain: Sequence[Finding]) -> list[Finding]:
+    """Return the frontier of plain runs by rising cost: of several learning rates, the best."""
+    best: dict[float, Finding] = {}
+    for finding in sorted(plain, key=lambda finding: (finding.cost, finding.accuracies[PRIMARY].mean)):
+        best[round(finding.cost, 3)] = finding
+    return list(best.values())
 
 
 def replace_block(text: str, name: str, content: str) -> str:
