@@ -380,6 +380,8 @@ def write_records(folder: Path) -> Path:
 
 def test_report_prints_draws_and_renews_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, document = write_records(tmp_path / "records"), tmp_path / "page.md"
+    trials = {"budget": 0.2, "seed": 1000, "linear": {"plain": {"0.002": 0.3, "0.004": 0.31}, "paper": {"0.002": 0.29}}}
+    (folder / "tuning.json").write_text(json.dumps(trials))
     document.write_text("before\n<!-- frontier: begin -->\nold\n<!-- frontier: end -->\nafter\n")
     plot = tmp_path / "plot.png"
     assert report.main([str(folder), "--plot", str(plot), "--into", str(document)]) == 0
@@ -390,6 +392,8 @@ def test_report_prints_draws_and_renews_documents(tmp_path: Path, capsys: pytest
     )
     assert "| 49.0 ± 2.5 | 40.0 ± 0.0 | 30.0 ± 0.0 | -2.0 [-2.0, -2.0] | worse |" in printed
     assert "| no control yet |" in printed
+    assert "| linear probe of short runs, cost 0.2 | blr 0.002 | blr 0.004 |" in printed
+    assert "| `paper` | 29.0 |  |" in printed
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def format_summary(findings: Sequence[Finding]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def format_tuning(tuning: Mapping[str, Any]) -> str:
+    """Return what trials of learning rates found, as a markdown table of linear probes in per cent."""
+    found = tuning["linear"]
+    rates = sorted({rate for tried in found.values() for rate in tried}, key=float)
+    rows = [[f"linear probe of short runs, cost {tuning['budget']:g}", *(f"blr {rate}" for rate in rates)]]
+    rows.append(["---"] * len(rows[0]))
+    for kind, tried in found.items():
+        rows.append([f"`{kind}`", *(f"{100 * tried[rate]:.1f}" if rate in tried else "" for rate in rates)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
     """Draw accuracy against counted cost: the plain frontier with its 95 % band, every other arm as a point."""
     from matplotlib.figure import Figure
@@ -174,6 +186,8 @@ def make_blocks(folder: Path) -> dict[str, str]:
     """Return what documents quote of a folder of records: block frontier (all tables), block frontier summary."""
     groups = group_records(read_records(folder))
     tables = [f"{describe_group(key, group)}\n\n{format_table(find(group))}" for key, group in groups.items()]
+    if (folder / "tuning.json").is_file():
+        tables.append(format_tuning(json.loads((folder / "tuning.json").read_text())))
     key, group = next(iter(groups.items()))
     summary = f"{format_summary(find(group))}\n\n{describe_group(key, group)}"
     return {"frontier": "\n\n".join(tables), "frontier summary": summary}
