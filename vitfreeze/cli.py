@@ -373,6 +373,9 @@ def _add_bench(commands: Commands) -> None:
     _add_bench_of_engine(parts, "step", _bench_step, help="time and memory of a recipe's step as more layers freeze")
     _add_bench_of_engine(parts, "freeze", _bench_freeze, help="seconds in which frozen layers leave, beside a step's")
     _add_bench_of_engine(
+        parts, "launches", _bench_launches, help="kernels, host waits, collectives of a recipe's step, counted on a CPU"
+    )
+    _add_bench_of_engine(
         parts, "scaling", _bench_scaling, help="under the launcher: what more ranks cost, and the plan"
     )
 
@@ -409,7 +412,8 @@ def _bench_data(parsed: argparse.Namespace) -> int:
 def _add_bench_of_engine(parts: Commands, name: str, handler: Handler, *, help: str) -> None:
     parser = _add_command(parts, name, handler, help=help)
     _add_recipe(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
+    if name != "launches":
+        parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
     if name != "freeze":
         frozen = "numbers of frozen layers; 0 is always measured"
         parser.add_argument("--frozen", type=_parse_frozen, metavar="K,K,...", help=frozen)
@@ -447,6 +451,13 @@ def _bench_freeze(parsed: argparse.Namespace) -> int:
 
     result = run_freeze_benchmark(_read_config(parsed), rounds=parsed.rounds)
     return _print_result(result, format_freeze_benchmark(result), as_json=parsed.json)
+
+
+def _bench_launches(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.launches import count_launches, format_launch_count
+
+    result = count_launches(_read_config(parsed), frozen_layers=parsed.frozen)
+    return _print_result(result, format_launch_count(result), as_json=parsed.json)
 
 
 def _bench_scaling(parsed: argparse.Namespace) -> int:
