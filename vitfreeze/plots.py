@@ -260,11 +260,9 @@ def _add_layer_bar(axis: Axes, depth: int) -> None:
 def _new_figure(
     *, rows: int, columns: int, size: tuple[float, float], heights: Iterable[float]
 ) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, height_ratios=list(heights))
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
