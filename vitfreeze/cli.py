@@ -116,9 +116,9 @@ def _is_first_rank() -> bool:
 
 
 def _print_result(result: Any, text: str, *, as_json: bool) -> int:
-    """Print a dataclass as JSON, or its text, once for all ranks."""
+    """Print a dataclass, or a list of them, as JSON, or its text, once for all ranks."""
     if _is_first_rank():
-        print(json.dumps(asdict(result), indent=1) if as_json else text)
+        print(json.dumps(result, default=asdict, indent=1) if as_json else text)
     return 0
 
 
@@ -297,8 +297,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.target_saving is not None:
         targets = planner.solve_targets(configs[0], target_saving=parsed.target_saving, times=times, **counts)
         as_text = planner.format_targets(targets, target_saving=parsed.target_saving)
-        print(json.dumps([asdict(target) for target in targets], indent=1) if parsed.json else as_text)
-        return 0
+        return _print_result(targets, as_text, as_json=parsed.json)
     plans = [
         planner.plan(
             config, world_size=parsed.nodes * parsed.gpus, times=times, bandwidth_gigabytes=parsed.bandwidth,
@@ -308,9 +307,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     ]  # fmt: skip
     if len(plans) == 1:
         return _print_result(plans[0], planner.format_plan(plans[0]), as_json=parsed.json)
-    as_text = planner.format_plans_side_by_side(*plans)
-    print(json.dumps([asdict(plan) for plan in plans], indent=1) if parsed.json else as_text)
-    return 0
+    return _print_result(plans, planner.format_plans_side_by_side(*plans), as_json=parsed.json)
 
 
 def _add_plot(commands: Commands) -> None:
