@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key, number_repeated
+from data_prep.catalogue import Catalogue, FileCatalogue, ImageSet, Listing, choose_classes, clean_key, number_repeated
 from data_prep.errors import InputError
-from data_prep.splits import ImageSet, choose_classes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_FOLDERS = ("train", "training")

@@ -26,7 +26,7 @@ from vitfreeze.data.downloads import DownloadCache, default_cache_dir
 from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_reports
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder
-from vitfreeze.data.shards import ShardReader, ShardSet, find_shards
+from vitfreeze.data.shards import ShardReader, find_shards
 from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 
 
@@ -106,8 +106,9 @@ class _Loader:
         self.rank, self.world_size, self.options = rank, world_size, options
         self.pin_memory = torch.cuda.is_available()  # page-locked batches, for asynchronous copies
         folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
+        self.shards = find_shards(shards, split=split, allow_pipe=options.allow_pipe)
         self.reader = ShardReader(
-            find_shards(shards, split=split, allow_pipe=options.allow_pipe),
+            self.shards,
             downloads=DownloadCache(
                 folder / "shards", max_bytes=options.cache_gigabytes * 1e9, allow_pipe=options.allow_pipe
             ),
@@ -124,11 +125,6 @@ class _Loader:
         self._report: EpochReport | None = None  # of the epoch under way
         self._reports: list[EpochReport] = []
         self._work_seconds = self._work_images = 0.0
-
-    @property
-    def shards(self) -> ShardSet:
-        """The shards that are read."""
-        return self.reader.shards
 
     def take_reports(self) -> list[EpochReport]:
         """Return the reports of the epochs that ended since the last call."""
