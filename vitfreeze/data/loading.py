@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -308,11 +308,6 @@ class TrainLoader(_Loader):
                 "crops of one decoded image would part"
             )
         return self.global_batch // (micro_batch * self.world_size)
-
-    def position(self, step: int) -> Mapping[str, int]:
-        """Return {epoch, samples_consumed}: the epoch a step belongs to and the images of it that came before."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return {"epoch": epoch, "samples_consumed": step_in_epoch * self.global_batch // self.crops_per_image}
 
     def batches(self, start_step: int, total_steps: int, *, micro_batch: int | None = None) -> Iterator[Batch]:
         """Yield this rank's micro-batches of steps start_step..total_steps, across epochs, by the same workers.
