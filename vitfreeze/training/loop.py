@@ -160,7 +160,7 @@ def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None) -> Itera
         run.reporter.log_event(
             "micro_batch", now.step, message=message, micro_batch=micro_batch, accumulation=accumulation
         )
-    return run.loader.batches(now.step, run.schedule.total_steps, micro_batch=micro_batch)
+    return run.loader.batches(now.step, run.schedule.total_steps, micro_batch=micro_batch, device=engine.device)
 
 
 def take_step(run: Run, now: ScheduledStep, batches: Iterator[Batch], guard: RunGuard) -> None:
