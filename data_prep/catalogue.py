@@ -5,6 +5,7 @@ A full ImageNet has 1.28 million training images; one Python object for each of 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -16,8 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, UndecodableError
 
+NO_LABEL = -1
 MAX_KEY_LENGTH = 80  # a USTAR header holds 100 characters, extension included
 
 
@@ -57,9 +59,32 @@ class ByteRange:
         return data
 
 
+# What is wrong with one file, not with the disk or the network behind it.
+_OF_ONE_FILE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EISDIR})
+
+
+@dataclass(frozen=True)
+class ImageFile(ByteRange):
+    """A file that is one image: if it cannot be read, that image is left out."""
+
+    def read(self) -> bytes:
+        """Read the file.
+
+        Raises:
+            UndecodableError: it may not be read, or is gone.
+            InputError: as `ByteRange`.
+        """
+        try:
+            return super().read()
+        except InputError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_ONE_FILE:
+                raise UndecodableError(str(error).rstrip(".")) from error
+            raise
+
+
 @dataclass(frozen=True)
 class Record:
-    """One image on its way into a shard."""
+    """One image on its way into a shard; `label` may be NO_LABEL."""
 
     key: str
     filename: str
@@ -147,8 +172,9 @@ class FileCatalogue:
 
     def _record(self, position: int) -> Record:
         name, size = self._names[position], int(self._sizes[position])
+        source: ByteRange
         if self._offsets is None:
-            source = ByteRange(os.path.join(self._root, name), 0, size)
+            source = ImageFile(os.path.join(self._root, name), 0, size)
         else:
             source = ByteRange(self._root, int(self._offsets[position]), size)
         filename = name if self._keep_folders else name.rpartition("/")[2]

@@ -58,6 +58,7 @@ def _list_kaggle_validation(folder: Path, root: Path) -> LabelledFiles:
         )
     wnid_of = _read_solution(solution)
     found = find_images(folder, "")
+    found.require_readable()
     stems = [Path(os.fsdecode(name)).stem for name in found.names]
     unlabelled = next((stem for stem in stems if stem not in wnid_of), None)
     if unlabelled is not None:
