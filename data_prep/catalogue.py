@@ -130,6 +130,12 @@ class Listing:
     sizes: Sequence[int] | np.ndarray
     offsets: Sequence[int] | np.ndarray | None
 
+    def take(self, positions: Sequence[int]) -> Listing:
+        """The images at these positions, with their sizes and offsets as int64 arrays."""
+        offsets = None if self.offsets is None else np.asarray(self.offsets, dtype=np.int64)[positions]
+        names = [self.names[position] for position in positions]
+        return Listing(names, np.asarray(self.sizes, dtype=np.int64)[positions], offsets)
+
 
 class FileCatalogue:
     """A catalogue whose images lie in one archive or below one folder, sorted by key.
@@ -158,10 +164,10 @@ class FileCatalogue:
         self._root = str(root)
         self._keep_folders = keep_folders
         self._keys = TextColumn([keys[i] for i in order])
-        self._names = TextColumn([listing.names[i] for i in order])
         self._labels = np.asarray(labels, dtype=np.int32)[order]
-        self._sizes = np.asarray(listing.sizes, dtype=np.int64)[order]
-        self._offsets = None if listing.offsets is None else np.asarray(listing.offsets, dtype=np.int64)[order]
+        in_order = listing.take(order)
+        self._names, self._offsets = TextColumn(in_order.names), in_order.offsets
+        self._sizes = np.asarray(in_order.sizes)
 
     def __len__(self) -> int:
         return len(self._keys)

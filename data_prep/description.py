@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data_prep.errors import InputError, OutputError, UndecodableError
 from data_prep.images import EXTENSIONS, measure_colours
 from data_prep.manifest import require_manifest
 from data_prep.progress import show_progress
+from data_prep.shards import ShardEntry
 from data_prep.verification import read_samples, read_text
 from data_prep.workers import run_tasks
 
@@ -79,32 +81,30 @@ def describe(folder: Path, *, workers: int) -> Description:
     """
     manifest = require_manifest(folder)
     splits: dict[str, SplitStatistics] = {}
-    shards = Counter(entry.split for entry in manifest.shards)
-    tasks = [
-        (folder / entry.name, entry.split, -(-MEASURED_IMAGES // shards[entry.split])) for entry in manifest.shards
-    ]
-    with show_progress("reading", total=sum(entry.num_samples for entry in manifest.shards)) as progress:
-        for part in run_tasks(describe_shard, tasks, workers=workers, preload=[__name__]):
+    with show_progress("reading", total=sum(entry.num_samples for entry in manifest.shards)) as advance:
+        shards = Counter(entry.split for entry in manifest.shards)
+        decoded = {split: -(-MEASURED_IMAGES // number) for split, number in shards.items()}
+        count = partial(describe_shard, folder=folder, decoded=decoded)
+        for part in run_tasks(count, manifest.shards, workers=workers, preload=[__name__]):
             splits.setdefault(part.split, SplitStatistics(part.split)).add(part)
-            progress.add(part.num_samples, num_bytes=part.num_image_bytes)
+            advance(part.num_samples, part.num_image_bytes)
     return Description(manifest.settings["dataset"], manifest.classes, dict(sorted(splits.items())))
 
 
-def describe_shard(shard: tuple[Path, str, int]) -> SplitStatistics:
-    """Statistics of one shard, given with its split and how many images to decode: the first, as all are shuffled.
+def describe_shard(entry: ShardEntry, *, folder: Path, decoded: Mapping[str, int]) -> SplitStatistics:
+    """Statistics of one shard; its first `decoded[split]` images are decoded: a random choice, as all are shuffled.
 
     Raises:
         InputError: it cannot be read.
     """
-    path, split, num_decoded = shard
-    statistics = SplitStatistics(split)
+    statistics, path = SplitStatistics(entry.split), folder / entry.name
     for sample in read_samples(path):
         try:
             label = int(read_text(sample, "cls")) if "cls" in sample.members else NO_LABEL
             facts = json.loads(read_text(sample, "json"))
             shorter = min(int(facts["height"]), int(facts["width"]))
             extension = next(name for name in sample.members if name in EXTENSIONS.values())
-            if statistics.num_measured < num_decoded:
+            if statistics.num_measured < decoded[entry.split]:
                 statistics.moments += measure_colours(sample.members[extension].read())
                 statistics.num_measured += 1
         except (UndecodableError, ValueError, KeyError, TypeError, StopIteration) as error:
@@ -176,11 +176,9 @@ def draw_figure(description: Description, path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2 * len(description.splits)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(description.splits), 2, squeeze=False)
     for (balance, sizes), statistics in zip(axes, description.splits.values(), strict=True):
         per_class = sorted((statistics.labels[label] for label in range(len(description.classes))), reverse=True)

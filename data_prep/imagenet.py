@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.archives import InnerArchive, list_inner, list_members
+from data_prep.archives import list_inner, list_members
 from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key
 from data_prep.devkit import WNID, DevelopmentKit
 from data_prep.errors import InputError
@@ -66,16 +67,11 @@ class LabelledFiles:
                 f"{self.root} holds the class {unknown[0]}, which is not among the {len(known)} known ones."
             )
         chosen = [position for position, wnid in enumerate(self._wnids) if wnid in label_of]
-        offsets = self.listing.offsets
-        names = [self.listing.names[position] for position in chosen]
+        listing = self.listing.take(chosen)
         return FileCatalogue(
-            Listing(
-                names=names,
-                sizes=np.asarray(self.listing.sizes, dtype=np.int64)[chosen],
-                offsets=None if offsets is None else np.asarray(offsets, dtype=np.int64)[chosen],
-            ),
+            listing,
             root=self.root,
-            keys=[clean_key(Path(os.fsdecode(name)).stem) for name in names],
+            keys=[clean_key(Path(os.fsdecode(name)).stem) for name in listing.names],
             labels=[label_of[self._wnids[position]] for position in chosen],
             keep_folders=False,
         )
@@ -113,12 +109,11 @@ def list_train(path: Path, *, workers: int) -> LabelledFiles:
         )
     if sum(member.size for member in inner) < SERIAL_BYTES:
         workers = 1
-    tasks = (InnerArchive(path, member) for member in inner)
     listed = []
-    with show_progress("listing", total=len(inner), unit="archive") as progress:
-        for listing in run_tasks(list_inner, tasks, workers=workers, preload=PRELOADED):
+    with show_progress("listing", total=len(inner), unit="archive") as advance:
+        for listing in run_tasks(partial(list_inner, path=path), inner, workers=workers, preload=PRELOADED):
             listed.append(listing)
-            progress.add(1)
+            advance(1, 0)
     return _join_inner(path, listed, num_ignored=len(members) - len(inner))
 
 

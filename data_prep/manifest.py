@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise InputError(f"{path} has format {content['format']}, this program reads format {FORMAT}.")
-        return Manifest(content["settings"], [_entry_from_json(entry) for entry in content["shards"]])
+        return Manifest(content["settings"], [ShardEntry(**entry) for entry in content["shards"]])
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -78,11 +78,6 @@ def require_manifest(folder: Path) -> Manifest:
     if (folder / JOURNAL).exists():
         raise InputError(f"packing into {folder} is not finished: give the packing command again.")
     raise InputError(f"{folder} holds no {MANIFEST}: it was not made by this program.")
-
-
-def _entry_from_json(content: Mapping[str, Any]) -> ShardEntry:
-    known = {field.name for field in fields(ShardEntry)} - {"kept"}
-    return ShardEntry(**{name: content[name] for name in known})
 
 
 class Journal:
@@ -162,7 +157,7 @@ class Journal:
             lines = [json.loads(line) for line in content[:whole].splitlines()]
             if len(lines) < 2 and not any(self.folder.glob("*.tar")):
                 return None  # that run had only begun
-            return Manifest(lines[0]["settings"], [_entry_from_json(line) for line in lines[1:]])
+            return Manifest(lines[0]["settings"], [ShardEntry(**line) for line in lines[1:]])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.folder / JOURNAL} is damaged: delete the folder and start again.") from error
 

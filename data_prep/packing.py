@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,47 +126,33 @@ def pack(images: ImageSet, folder: Path, *, settings: PackSettings, workers: int
 def _write_shards(
     images: ImageSet, folder: Path, *, settings: PackSettings, journal: Journal, workers: int
 ) -> list[ShardEntry]:
-    plan = {split: _plan_shards(split, catalogue, settings) for split, catalogue in images.splits.items()}
-    count = sum(len(shards) for shards in plan.values())
-    tasks = _make_tasks(images, plan, folder, settings, journal.finished)
+    plan = [shard for split, catalogue in images.splits.items() for shard in _plan_shards(split, catalogue, settings)]
+    tasks = (
+        ShardTask(
+            folder=folder, name=name, split=split, records=images.splits[split].records(positions),
+            resize_shorter=settings.resize_shorter, quality=settings.jpeg_quality, finished=journal.finished.get(name),
+        )
+        for split, name, positions in plan
+    )  # fmt: skip
     entries = []
     total = sum(len(catalogue) for catalogue in images.splits.values())
-    with show_progress("packing", total=total) as progress:
-        for entry in run_tasks(finish_shard, tasks, workers=min(workers, count), preload=PRELOADED):
+    with show_progress("packing", total=total) as advance:
+        for entry in run_tasks(finish_shard, tasks, workers=min(workers, len(plan)), preload=PRELOADED):
             if not entry.kept:
                 journal.add(entry)
             entries.append(entry)
-            progress.add(entry.num_samples + len(entry.skipped), num_bytes=0 if entry.kept else entry.num_bytes)
+            advance(entry.num_samples + len(entry.skipped), 0 if entry.kept else entry.num_bytes)
     return entries
 
 
-def _plan_shards(split: str, catalogue: Catalogue, settings: PackSettings) -> list[tuple[str, np.ndarray]]:
-    """Name and positions of every shard: one shuffle of the whole split, cut into parts that differ by one at most."""
+def _plan_shards(split: str, catalogue: Catalogue, settings: PackSettings) -> list[tuple[str, str, np.ndarray]]:
+    """Split, name and positions of every shard: one shuffle of the split, cut into parts that differ by one at most."""
     size = settings.shard_size(split)
     count = math.ceil(len(catalogue) / size)
     # The raw stream of PCG64 is the same in every version of numpy; Generator.permutation need not be.
     order = np.argsort(np.random.PCG64(settings.seed).random_raw(len(catalogue)), kind="stable")
-    return list(zip(shard_names(settings.dataset, split, count), np.array_split(order, count), strict=True))
-
-
-def _make_tasks(
-    images: ImageSet,
-    plan: Mapping[str, list[tuple[str, np.ndarray]]],
-    folder: Path,
-    settings: PackSettings,
-    finished: Mapping[str, ShardEntry],
-) -> Iterator[ShardTask]:
-    for split, shards in plan.items():
-        for name, positions in shards:
-            yield ShardTask(
-                folder=folder,
-                name=name,
-                split=split,
-                records=images.splits[split].records(positions),
-                resize_shorter=settings.resize_shorter,
-                quality=settings.jpeg_quality,
-                finished=finished.get(name),
-            )
+    names = shard_names(settings.dataset, split, count)
+    return [(split, *shard) for shard in zip(names, np.array_split(order, count), strict=True)]
 
 
 def _settings_to_record(images: ImageSet, settings: PackSettings) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -12,30 +13,19 @@ TERMINAL_SECONDS = 0.1
 LOG_FILE_SECONDS = 30.0  # a bar that is redrawn ten times a second would flood a log file
 
 
-class Progress:
-    """tqdm's bar, with the data rate beside it."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self._bar, self._num_bytes, self._start = bar, 0, time.monotonic()
-
-    def add(self, count: int, *, num_bytes: int = 0) -> None:
-        """Count what is finished, and the bytes read or written for it."""
-        self._num_bytes += num_bytes
-        if self._num_bytes:
-            seconds = max(time.monotonic() - self._start, 1e-9)
-            self._bar.set_postfix_str(f"{self._num_bytes / 1e6 / seconds:.1f} MB/s", refresh=False)
-        self._bar.update(count)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-
-def show_progress(title: str, *, total: int, unit: str = "img") -> Progress:
-    """Start a bar on standard error."""
+@contextmanager
+def show_progress(title: str, *, total: int, unit: str = "img") -> Iterator[Callable[[int, int], None]]:
+    """Draw a bar on standard error; it is told how many are finished, and of the bytes read or written for them."""
     interval = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_FILE_SECONDS
-    return Progress(tqdm(total=total, unit=unit, desc=title, mininterval=interval, dynamic_ncols=True))
+    start, total_bytes = time.monotonic(), 0
+
+    def advance(count: int, num_bytes: int) -> None:
+        nonlocal total_bytes
+        total_bytes += num_bytes
+        if total_bytes:
+            rate = total_bytes / 1e6 / max(time.monotonic() - start, 1e-9)
+            bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+        bar.update(count)
+
+    with tqdm(total=total, unit=unit, desc=title, mininterval=interval, dynamic_ncols=True) as bar:
+        yield advance

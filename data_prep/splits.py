@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from data_prep.catalogue import Catalogue
@@ -18,7 +18,7 @@ class ImageSet:
     """
 
     classes: Sequence[str]
-    splits: dict[str, Catalogue]
+    splits: Mapping[str, Catalogue]
     notes: Sequence[str] = ()
     drawn: bool = False
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,6 @@ from data_prep.workers import run_tasks
 
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values())
 MAX_TEXT_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class ShardCheck:
-    """One shard to check, as a worker needs it."""
-
-    folder: Path
-    entry: ShardEntry
-    num_classes: int
 
 
 @dataclass
@@ -69,17 +61,17 @@ def verify(folder: Path, *, workers: int) -> Verdict:
     if folder_problems := _check_folder(folder, manifest):
         problems[str(folder)] = folder_problems
     seen: dict[str, set[str]] = {}
-    checks = (ShardCheck(folder, entry, len(manifest.classes)) for entry in manifest.shards)
+    check = partial(check_shard, folder=folder, num_classes=len(manifest.classes))
     num_samples = sum(entry.num_samples for entry in manifest.shards)
-    with show_progress("verifying", total=num_samples) as progress:
-        for findings in run_tasks(check_shard, checks, workers=workers, preload=[__name__]):
+    with show_progress("verifying", total=num_samples) as advance:
+        for findings in run_tasks(check, manifest.shards, workers=workers, preload=[__name__]):
             keys = seen.setdefault(findings.entry.split, set())
             repeated = [key for key, count in Counter(findings.keys).items() if count > 1 or key in keys]
             findings.problems += [f"the key {key} occurs more than once in the split" for key in repeated]
             keys.update(findings.keys)
             if findings.problems:
                 problems[findings.entry.name] = findings.problems
-            progress.add(findings.entry.num_samples, num_bytes=findings.entry.num_bytes)
+            advance(findings.entry.num_samples, findings.entry.num_bytes)
     return Verdict(len(manifest.shards), sum(len(keys) for keys in seen.values()), problems)
 
 
@@ -99,25 +91,25 @@ def _check_folder(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def check_shard(check: ShardCheck) -> ShardFindings:
+def check_shard(entry: ShardEntry, *, folder: Path, num_classes: int) -> ShardFindings:
     """Check one shard; what is wrong is returned, not raised."""
-    findings = ShardFindings(check.entry)
-    path = check.folder / check.entry.name
+    findings = ShardFindings(entry)
+    path = folder / entry.name
     try:
         checksum = file_sha256(path)
         if checksum is None:
             findings.problems.append("the file is missing")
             return findings
-        if checksum != check.entry.sha256:
+        if checksum != entry.sha256:
             findings.problems.append("the checksum differs: the file has changed since it was packed")
         for sample in read_samples(path):
             findings.keys.append(sample.key)
-            problem = _check_sample(sample, check.num_classes)
+            problem = _check_sample(sample, num_classes)
             findings.problems += [f"{sample.key}: {problem}"] if problem else []
     except InputError as error:
         findings.problems.append(str(error))
-    if len(findings.keys) != check.entry.num_samples:
-        findings.problems.append(f"it holds {len(findings.keys)} samples, {check.entry.num_samples} were packed")
+    if len(findings.keys) != entry.num_samples:
+        findings.problems.append(f"it holds {len(findings.keys)} samples, {entry.num_samples} were packed")
     return findings
 
 

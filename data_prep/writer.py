@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +32,7 @@ class ShardTask:
     finished: ShardEntry | None = None
 
 
-class ShardFile:
+class ShardFile(FileIO):
     """A file that counts and hashes what is written to it.
 
     After a failed write it swallows the rest: tarfile writes once more while it is closed, and the first error is
@@ -39,22 +40,22 @@ class ShardFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by close()
+        super().__init__(path, "wb")
         self._digest = hashlib.sha256()
         self.num_bytes = 0
         self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         """Write all of `data`; an error is kept for finish() to raise."""
+        left = memoryview(data)
         if self.error is None:
+            self._digest.update(left)
+            self.num_bytes += len(left)
             try:
-                left = memoryview(data)
                 while left:
-                    left = left[self._file.write(left) :]
+                    left = left[super().write(left) :]
             except OSError as error:
                 self.error = error
-            self._digest.update(data)
-            self.num_bytes += len(data)
         return len(data)
 
     def finish(self) -> str:
@@ -65,11 +66,8 @@ class ShardFile:
         """
         if self.error is not None:
             raise self.error
-        os.fsync(self._file.fileno())
+        os.fsync(self.fileno())
         return self._digest.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def finish_shard(task: ShardTask) -> ShardEntry:
@@ -102,8 +100,7 @@ def _write_partial(task: ShardTask, partial: Path) -> ShardEntry:
 
     skipped: list[dict[str, str]] = []
     num_samples = num_disguised = num_reencoded = 0
-    file = ShardFile(partial)
-    try:
+    with ShardFile(partial) as file:
         with TarWriter(file, encoder=False, mtime=0) as writer:
             for record, image in _prepare_images(task, skipped):
                 writer.write(_sample(record, image))
@@ -113,8 +110,6 @@ def _write_partial(task: ShardTask, partial: Path) -> ShardEntry:
                 if file.error is not None:
                     break
         sha256 = file.finish()
-    finally:
-        file.close()
     return ShardEntry(
         task.name,
         task.split,

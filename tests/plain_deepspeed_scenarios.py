@@ -124,8 +124,10 @@ def everything() -> dict[str, Any]:
 
 def freeze_on_one_rank() -> None:
     """Freeze on rank 0 only, and train on: never returns on every rank."""
+    join_ranks()
     engine, model = start(1, "fp32", {})
     take_micro_step(engine, 0)
+    print("a step was taken together", flush=True)
     if engine.global_rank == 0:
         model.layers[0].requires_grad_(False)
     for step in range(1, 4):

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from tiny_shards import write_shards
 
+from vitfreeze.config import load_config
 from vitfreeze.doctor import Finding, format_findings
 from vitfreeze.doctor.checks import (
     FolderProbe,
     Links,
+    Need,
     ShardReading,
-    check_batch,
     check_clocks,
     check_disk,
     check_gpus,
@@ -34,8 +35,9 @@ from vitfreeze.doctor.checks import (
     check_versions,
 )
 from vitfreeze.doctor.facts import Gpu, RankFacts
-from vitfreeze.doctor.run_checks import label_hosts
-from vitfreeze.ranks import find_free_port
+from vitfreeze.doctor.findings import ok, red, unseen
+from vitfreeze.doctor.run_checks import find_need, label_hosts
+from vitfreeze.ranks import LaunchEnvironment, find_free_port
 
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -116,11 +118,11 @@ def test_bf16_on_a_v100_and_halves_on_a_cpu() -> None:
 
 def test_memory_that_the_plan_does_not_find() -> None:
     facts = [rank_with(V100)]
-    assert check_memory(facts, needed_bytes=20 * GIB, micro_batch=128).fit
-    assert_red(check_memory(facts, needed_bytes=40 * GIB, micro_batch=128), "batch.micro_size=64")
+    assert check_memory(facts, Need(memory_bytes=20 * GIB, micro_batch=128)).fit
+    assert_red(check_memory(facts, Need(memory_bytes=40 * GIB, micro_batch=128)), "batch.micro_size=64")
     taken = [rank_with(replace(V100, free_bytes=4 * GIB))]
-    assert_red(check_memory(taken, needed_bytes=20 * GIB, micro_batch=128), "another process")
-    assert check_memory([rank_with(None)], needed_bytes=1.0, micro_batch=1).fit is None
+    assert_red(check_memory(taken, Need(memory_bytes=20 * GIB, micro_batch=128)), "another process")
+    assert check_memory([rank_with(None)], Need(memory_bytes=1.0, micro_batch=1)).fit is None
 
 
 def test_a_slow_gpu_is_found() -> None:
@@ -138,12 +140,13 @@ def test_clocks() -> None:
 
 def test_a_slow_or_broken_network() -> None:
     links = Links(backend="nccl", all_ranks=0.1, within_nodes=40.0, between_nodes=0.1)
-    arguments = {"gradient_bytes": 2e8, "compute_seconds": 0.5, "world_size": 16}
-    assert_red(check_links(links, **arguments), "0.10 between nodes", "3750 ms", "NCCL_IB_HCA")
-    assert check_links(replace(links, all_ranks=10.0), **arguments).fit
-    assert check_links(links, gradient_bytes=None, compute_seconds=None, world_size=16).fit
-    assert_red(check_links(replace(links, error="unhandled system error"), **arguments), "NCCL_SOCKET_IFNAME")
-    assert_red(check_links(replace(links, backend="gloo", error="refused"), **arguments), "GLOO_SOCKET_IFNAME")
+    need = Need(gradient_bytes=2e8, compute_seconds=0.5)
+    assert_red(check_links(links, need, world_size=16), "0.10 between nodes", "3750 ms", "NCCL_IB_HCA")
+    assert check_links(replace(links, all_ranks=10.0), need, world_size=16).fit
+    assert check_links(links, Need(), world_size=16).fit
+    broken = replace(links, error="unhandled system error")
+    assert_red(check_links(broken, need, world_size=16), "NCCL_SOCKET_IFNAME")
+    assert_red(check_links(replace(broken, backend="gloo"), need, world_size=16), "GLOO_SOCKET_IFNAME")
 
 
 def test_shards_that_are_missing_other_or_slow() -> None:
@@ -151,7 +154,7 @@ def test_shards_that_are_missing_other_or_slow() -> None:
     hosts = ["a", "b"]
 
     def check(second: ShardReading) -> Finding:
-        return check_shards([good, second], hosts, needed_images_per_second=800.0, basis="it needs")
+        return check_shards([good, second], hosts, Need(images_per_second=800.0, basis="it needs"))
 
     assert check(good).fit
     assert_red(check(replace(good, error="folder /data holds no *.tar file")), "no *.tar", "rank 1 (b)", "data.train")
@@ -161,20 +164,27 @@ def test_shards_that_are_missing_other_or_slow() -> None:
 
 def test_memory_disk_and_folder() -> None:
     facts = [rank_with(V100, shared_memory_bytes=64 * 2**20)]
-    assert_red(check_shared_memory(facts, needed_bytes=float(GIB)), "64.00 MiB", "--shm-size")
-    assert check_shared_memory(facts, needed_bytes=None).fit
+    assert_red(check_shared_memory(facts, Need(shared_memory_bytes=float(GIB))), "64.00 MiB", "--shm-size")
+    assert check_shared_memory(facts, Need()).fit
     probe, hosts = FolderProbe(error="", sees_rank_0=True, free_bytes=GIB), ["a", "b"]
     assert check_run_folder([probe, probe], hosts, folder="runs/x").fit
     readonly = replace(probe, error="runs/x: Read-only file system")
     assert_red(check_run_folder([probe, readonly], hosts, folder="runs/x"), "Read-only", "rank 1 (b)")
     assert_red(check_run_folder([probe, replace(probe, sees_rank_0=False)], hosts, folder="runs/x"), "share")
-    assert_red(check_disk([probe], needed_bytes=5.0 * GIB), "5.00 GiB", "checkpoint.keep")
-    assert check_disk([probe], needed_bytes=1.0).fit
+    assert_red(check_disk([probe], Need(saved_bytes=5.0 * GIB)), "5.00 GiB", "checkpoint.keep")
+    assert check_disk([probe], Need(saved_bytes=1.0)).fit
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    assert_red(check_batch("2048 / 24 is not whole", micro_batch=None, accumulation=None), "2048 / 24")
-    assert check_batch("", micro_batch=8, accumulation=2).fit
+    def batch_on(world_size: int) -> Finding:
+        launch = replace(LaunchEnvironment.read({}), world_size=world_size)
+        batch = find_need(config, [rank_with(None)], launch=launch, images_per_second=None)[1]
+        assert batch is not None
+        return batch
+
+    config = load_config("paper", ["batch.micro_size=null"])
+    assert_red(batch_on(24), "2048 / 24")
+    assert batch_on(16).fit
 
 
 def test_hosts_of_one_name_are_told_apart() -> None:
@@ -185,17 +195,13 @@ def test_hosts_of_one_name_are_told_apart() -> None:
 
 
 def test_the_table_shows_each_cure_below_its_line() -> None:
-    findings = [
-        Finding(check="ranks", fit=True, found="2"),
-        Finding(check="disk", fit=False, found="full", cure="free some"),
-        Finding(check="clocks", fit=None, found="one rank"),
-    ]
+    findings = {"ranks": ok("2"), "disk": red("full", cure="free some"), "clocks": unseen("one rank")}
     assert format_findings(findings, colour=False).splitlines() == [
         "ranks   ok   2", "disk    RED  full", "             -> free some", "clocks  -    one rank", "",
         "1 of 3 checks are red",
     ]  # fmt: skip
     assert "\033[31mRED " in format_findings(findings, colour=True)
-    assert format_findings(findings[:1], colour=False).endswith("fit to train")
+    assert format_findings({"ranks": ok("2")}, colour=False).endswith("fit to train")
 
 
 def _run_rank(arguments: Sequence[str], variables: dict[str, str], out: Any) -> None:

@@ -191,7 +191,7 @@ def test_layer_decay_as_in_mae(demo_shards: Path, tmp_path: Path) -> None:
     config = make_config(demo_shards, tmp_path / "run", **{"freeze.mode": "off", "finetune.layer_decay": 0.5})
     schedule = build_schedule(choose_task(config, "finetune"), steps_per_epoch=10)
     rates = schedule.at(5).learning_rates
-    whole = schedule.cosine.learning_rate(5)
+    whole = schedule.shared.learning_rate(5)
     assert rates["classifier"] == whole
     assert rates["layer_08"] == pytest.approx(whole / 2)
     assert rates["layer_00"] == pytest.approx(whole / 2**9)

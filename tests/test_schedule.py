@@ -18,6 +18,7 @@ from vitfreeze.schedule import (
     AdaptiveFreezing,
     CosineSchedule,
     FreezeSchedule,
+    WsdSchedule,
     build_schedule,
     decide_frozen_layers,
     interpolate_weights,
@@ -222,9 +223,9 @@ def test_the_run_gives_every_unit_its_rate() -> None:
     assert run.at(step).heads == (2, 3)
     assert [rates[name] for name in ("layer_04", "head_1", "head_0", "layer_00")] == [0.0] * 4
     assert rates["layer_05"] == run.layers.learning_rate(5, step) > 0
-    assert rates["head_2"] == rates["head_3"] == run.cosine.learning_rate(step)
+    assert rates["head_2"] == rates["head_3"] == run.shared.learning_rate(step)
     # The head of the tap that has not frozen yet goes on with the layers before it frozen.
-    assert run.at(step - 1).learning_rates["head_1"] == run.cosine.learning_rate(step - 1)
+    assert run.at(step - 1).learning_rates["head_1"] == run.shared.learning_rate(step - 1)
 
 
 def test_heads_may_follow_their_layer() -> None:
@@ -239,13 +240,13 @@ def test_parameters_kept_out_of_layer_0_train_to_the_end() -> None:
     run = build_schedule(configure(freeze__cls_token=False, freeze__patch_embed=False), steps_per_epoch=625)
     last = run.total_steps - 1
     rates = run.at(last).learning_rates
-    assert rates["cls_token"] == rates["patch_embed"] == run.cosine.learning_rate(last) > 0
+    assert rates["cls_token"] == rates["patch_embed"] == run.shared.learning_rate(last) > 0
 
 
 def test_mode_off_is_one_cosine_for_everything() -> None:
     run = build_schedule(configure(freeze__mode="off", optim__min_lr=1e-5), steps_per_epoch=625)
     for step in (0, 3000, 6250, 40000, 62499):
-        assert set(run.at(step).learning_rates.values()) == {run.cosine.learning_rate(step)}
+        assert set(run.at(step).learning_rates.values()) == {run.shared.learning_rate(step)}
         assert run.at(step).frozen_layers == 0
     assert run.at(run.total_steps).learning_rates["layer_00"] == pytest.approx(1e-5)
 
@@ -253,7 +254,7 @@ def test_mode_off_is_one_cosine_for_everything() -> None:
 @pytest.mark.parametrize("warmup", ["6250 steps", "10 epochs", 0.1, "10%"])
 def test_warmup_may_be_given_in_steps_epochs_or_a_fraction(warmup: object) -> None:
     run = build_schedule(configure(optim__warmup=warmup), steps_per_epoch=625)
-    assert run.cosine.warmup_steps == 6250
+    assert run.shared.warmup_steps == 6250
     assert run.layers is not None
     assert run.layers.warmup_steps == 6250
 
@@ -398,7 +399,7 @@ def test_adaptive_run_follows_the_cosine_until_it_freezes() -> None:
     assert run.at(step).frozen_layers == 3
     rates = run.at(step).learning_rates
     assert rates["layer_02"] == rates["head_0"] == 0.0
-    assert rates["layer_03"] == rates["head_1"] == run.cosine.learning_rate(step)
+    assert rates["layer_03"] == rates["head_1"] == run.shared.learning_rate(step)
     events = [check.to_event() for check in run.adaptive.log]
     assert build_schedule(config, steps_per_epoch=625, events=events).at(step).learning_rates == rates
 
@@ -407,3 +408,81 @@ def test_adaptive_run_follows_the_cosine_until_it_freezes() -> None:
 def test_every_head_is_a_unit(depth: int) -> None:
     names = [unit.name for unit in localmim_units(depth)]
     assert sorted(names) == sorted([f"head_{k}" for k in range(4)] + [f"layer_{i:02d}" for i in range(depth + 1)])
+
+
+WSD = {"optim__schedule": "wsd", "optim__cooldown": "100 steps", "run__length": "1000 steps", "optim__warmup": 0.1}
+
+
+def rates_of(step: int, **values: Any) -> Any:
+    base = {"optim__blr": None, "optim__base_lr": 1.0, "freeze__how": "linear", "freeze__t_0": 0.5}
+    return build_schedule(configure(**{**base, **values}), steps_per_epoch=10).at(step).learning_rates
+
+
+def test_wsd_is_level_until_its_cooldown() -> None:
+    wsd = WsdSchedule(total_steps=100, warmup_steps=10, cooldown_steps=20, base_lr=1.0, min_lr=0.5)
+    assert [wsd.learning_rate(step) for step in (0, 5, 10, 79, 80, 90, 100)] == [0, 0.5, 1, 1, 1, 0.75, 0.5]
+    with pytest.raises(ValueError, match="cooldown_steps is 91, expected 1 to 90 steps"):
+        WsdSchedule(total_steps=100, warmup_steps=10, cooldown_steps=91, base_lr=1.0)
+
+
+def test_before_its_cooldown_wsd_does_not_know_the_length_of_the_run() -> None:
+    values = {**WSD, "freeze__mode": "off", "optim__warmup": "100 steps"}
+    for step in (0, 50, 100, 500, 900):
+        assert rates_of(step, **{**values, "run__length": "2000 steps"}) == rates_of(step, **values)
+
+
+def test_global_rates_are_one_schedule_until_a_layer_leaves() -> None:
+    values = {"freeze__rates": "global", "run__length": "1000 steps", "optim__warmup": 0.1, "optim__min_lr": 1e-4}
+    run = build_schedule(configure(**values), steps_per_epoch=10)
+    assert run.layers is not None
+    for step in (0, 50, 100, 560, 999):
+        frozen = run.at(step).frozen_layers
+        for unit in run.units:
+            expected = run.shared.learning_rate(step) if unit.trains(frozen) else 0.0
+            assert run.at(step).learning_rates[unit.name] == expected
+    assert run.at(999).frozen_layers == 12
+
+
+def test_stable_rates_are_level_and_decay_before_each_layer_leaves() -> None:
+    values = {"freeze__rates": "stable", "freeze__decay": "90 steps", "run__length": "1000 steps", "optim__warmup": 0.1}
+    # Layer 0 trains for half of the 900 steps after the warm-up: through step 550.
+    seen = [rates_of(step, **values)["layer_00"] for step in (50, 100, 460, 505, 541, 550, 551)]
+    assert seen == [0.5, 1.0, 1.0, 0.5, 0.1, 0.0, 0.0]
+    assert [rates_of(step, **values)["layer_12"] for step in (551, 910, 955)] == [1.0, 1.0, 0.5]
+    assert rates_of(550, **values)["head_3"] == 0.5  # cosine, half-way
+
+
+def test_no_layer_is_faster_than_wsd() -> None:
+    values = {**WSD, "freeze__rates": "stable", "freeze__decay": "45 steps"}
+    assert [rates_of(step, **values)["layer_12"] for step in (900, 950, 975, 1000)] == [1.0, 0.5, 0.25, 0.0]
+    assert rates_of(550, **values)["layer_00"] == 0.0
+
+
+def test_a_cooldown_from_an_earlier_step_ends_the_run_and_changes_nothing_before() -> None:
+    values = {**WSD, "freeze__rates": "global", "freeze__how": "linear", "freeze__t_0": 0.5}
+    whole = build_schedule(configure(**values), steps_per_epoch=10)
+    cooled = build_schedule(configure(**values, optim__cooldown_from="600 steps"), steps_per_epoch=10)
+    assert cooled.total_steps == 700
+    assert all(cooled.at(step) == whole.at(step) for step in (0, 99, 551, 600))
+    assert cooled.at(650).frozen_layers == whole.at(650).frozen_layers == 3
+    assert cooled.at(650).learning_rates["layer_12"] == 0.5 * whole.at(650).learning_rates["layer_12"]
+    assert cooled.at(700).learning_rates["layer_12"] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**WSD}, r"freeze.rates is 'cosine'; allowed: global or stable with optim.schedule wsd"),
+        ({"optim__cooldown_from": "5 steps"}, "optim.cooldown_from .* null, because optim.schedule is not wsd"),
+        ({**WSD, "freeze__mode": "off", "optim__cooldown": 0.95}, "optim.cooldown is 0.95; allowed: at most 900 steps"),
+        (
+            {**WSD, "freeze__mode": "off", "optim__cooldown_from": "901 steps"},
+            "optim.cooldown_from is '901 steps'; allowed: step 100 to 900",
+        ),
+        ({"freeze__rates": "stable", "freeze__decay": "99 epochs"}, "freeze.decay is '99 epochs'; allowed: 1 to 900"),
+        ({"freeze__rates": "level"}, "one of cosine, global, stable"),
+    ],
+)  # fmt: skip
+def test_rates_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_schedule(configure(**values), steps_per_epoch=10)

@@ -363,7 +363,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
     )
     if _is_first_rank():
         print(format_findings(findings, colour=sys.stdout.isatty()))
-    return 1 if any(finding.fit is False for finding in findings) else 0
+    return 1 if any(finding.fit is False for finding in findings.values()) else 0
 
 
 def _add_bench(commands: Commands) -> None:

@@ -219,6 +219,13 @@ class OptimConfig:
     base_lr: float | None = option(None, "absolute learning rate; needs blr=null", AT_LEAST_0)
     min_lr: float = option(0.0, "rate at the end of the cosine of all that is not an encoder layer", AT_LEAST_0)
     warmup: Duration = option(Duration(10, "epochs"), "linear warm-up; does not count towards t_i", unit=IN_RUN)
+    schedule: str = option(
+        "cosine", "cosine: down over the whole run; wsd: warm-up, stable, decay at the end", choices=("cosine", "wsd")
+    )
+    cooldown: Duration = option(Duration(0.1, "fraction"), "wsd: linear decay to min_lr", ABOVE_0, unit=IN_RUN)
+    cooldown_from: Duration | None = option(
+        None, "wsd: cool down from here and end the run with it; `pretrain --cooldown` sets it", unit=IN_RUN
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW betas", SHARE_BELOW_1)
     eps: float = option(1e-8, "AdamW epsilon", AT_LEAST_0)
     weight_decay: float = option(0.05, "decoupled weight decay; none on biases and other 1-d parameters", AT_LEAST_0)
@@ -246,7 +253,12 @@ class FreezeConfig:
     )
     t_0: float = option(0.8, "share of steps after warm-up that layer 0 trains, before `how` bends it", SHARE_ABOVE_0)
     how: str = option("cubic", "how t_i bends from t_0 to 1 over the layers", choices=tuple(POWERS))
-    scale_lr: bool = option(True, "divide a layer's initial rate by its t_i, so that all layers travel alike")
+    rates: str = option(
+        "cosine", "cosine: from a layer's initial rate to 0 at its t_i (paper); global: all layers as optim.schedule, "
+        "until they leave; stable: level, then a decay before each t_i", choices=("cosine", "global", "stable"),
+    )  # fmt: skip
+    scale_lr: bool = option(True, "rates cosine: divide a layer's initial rate by its t_i: all layers travel alike")
+    decay: Duration = option(Duration(0.05, "fraction"), "rates stable: linear decay before t_i", ABOVE_0, unit=IN_RUN)
     cls_token: bool = option(True, "freeze the class token with layer 0; false: backward runs through the prefix")
     patch_embed: bool = option(True, "freeze the patch embedding as layer 0; false: it trains to the end")
     heads_lr: str = option(
@@ -376,6 +388,14 @@ class Config:
             steps = f"; with {steps_per_epoch} steps an epoch, {error.name} is {error.value}"
             here = "" if key.endswith(f".{error.name}") else steps
             raise self.error(key, f"{error.allowed}{here}") from None
+
+    @property
+    def rates(self) -> str:
+        """The learning rates of the layers in one word."""
+        if self.freeze.mode != "schedule":
+            return f"one {self.optim.schedule}"
+        scaled = "scaled" if self.freeze.scale_lr else "unscaled"
+        return scaled if self.freeze.rates == "cosine" else f"{self.freeze.rates} {self.optim.schedule}"
 
     @property
     def base_lr(self) -> float:
@@ -529,6 +549,12 @@ def check_config(config: Config) -> None:
     well_formed = all(len(row) == len(HEAD_SCALES) and min(row) >= 0 and max(row) > 0 for row in rows)
     if not well_formed or shares != sorted(set(shares)) or not all(share in SHARE for share in shares):
         raise config.error("loss.scale_weights", _SCALE_WEIGHTS)
+    if config.optim.cooldown_from is not None and config.optim.schedule != "wsd":
+        raise config.error("optim.cooldown_from", "null, because optim.schedule is not wsd")
+    if config.optim.schedule == "wsd" and config.freeze.mode == "schedule" and config.freeze.rates == "cosine":
+        raise config.error(
+            "freeze.rates", "global or stable with optim.schedule wsd, which leaves open where the run ends"
+        )
     _check_model(config)
 
 
@@ -576,11 +602,17 @@ def derive_accumulation(config: Config, *, world_size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCounts:
-    """Every duration of a run in optimizer steps, converted once."""
+    """Every duration of a run in optimizer steps, converted once.
+
+    `total_steps` is the length of the run as it was planned, of which shares are taken; `end_step` where it ends, which
+    a cooldown from an earlier step brings forward.
+    """
 
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    cooldown_steps: int
+    end_step: int
 
 
 def check_run_length(*, total_steps: int, warmup_steps: int) -> None:
@@ -595,11 +627,27 @@ def check_run_length(*, total_steps: int, warmup_steps: int) -> None:
 def count_steps(config: Config, *, steps_per_epoch: int) -> StepCounts:
     """Convert the durations of a run; raises ConfigError when the warm-up leaves nothing or the run is empty."""
     total = config.run.length.to_steps(steps_per_epoch=steps_per_epoch)
-    warmup = config.optim.warmup.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total)
+    optim = config.optim
+    warmup = optim.warmup.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total)
     keys = {"total_steps": "run.length", "warmup_steps": "optim.warmup"}
     with config.attribute_errors(keys, steps_per_epoch=steps_per_epoch):
         check_run_length(total_steps=total, warmup_steps=warmup)
-    return StepCounts(steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=warmup)
+    cooldown, end = 0, total
+    if optim.schedule == "wsd":
+        cooldown = max(1, optim.cooldown.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total))
+        if warmup + cooldown > total:
+            raise config.error("optim.cooldown", f"at most {total - warmup} steps, {warmup} of {total} being warm-up")
+    if optim.cooldown_from is not None:
+        begin = optim.cooldown_from.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total)
+        if not warmup <= begin <= total - cooldown:
+            raise config.error(
+                "optim.cooldown_from",
+                f"step {warmup} to {total - cooldown}, behind the warm-up and before the run cools down by itself",
+            )
+        end = begin + cooldown
+    return StepCounts(
+        steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=warmup, cooldown_steps=cooldown, end_step=end
+    )
 
 
 def settings(config: Config) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

@@ -221,7 +221,7 @@ def _training_lines(pretrained: Pretrained) -> list[str]:
     schedule = {
         "off": "nothing frozen",
         "adaptive": "layers frozen when they stopped changing",
-        "schedule": f"FreezeOut, t_0 {freeze.t_0:g}, {freeze.how}, rates {'' if freeze.scale_lr else 'not '}scaled",
+        "schedule": f"FreezeOut, t_0 {freeze.t_0:g}, {freeze.how}, rates {config.rates}",
     }[freeze.mode]
     folder = checkpoint.path.parent.parent
     rows = {

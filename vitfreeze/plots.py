@@ -97,14 +97,14 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
     if frozen_at:
         axis.plot([], [], marker="|", markersize=9, color=INK, linestyle="none", label="a layer freezes")
     steps = _spread(0, schedule.total_steps)
-    cosine = [schedule.cosine.learning_rate(step) for step in steps]
+    shared = [schedule.shared.learning_rate(step) for step in steps]
     has_heads = any(unit.head is not None for unit in schedule.units)
     if not has_heads or schedule.heads_lr == "global" or schedule.layers is None:
         label = "heads" if has_heads else "classifier"
-        axis.plot([step / steps_per_epoch for step in steps], cosine, color=INK, linestyle="--", label=label)
+        axis.plot([step / steps_per_epoch for step in steps], shared, color=INK, linestyle="--", label=label)
     else:
         axis.plot([], [], color=INK, linestyle="none", label="heads: as the layer of their tap")
-    warmup = schedule.cosine.warmup_steps / steps_per_epoch
+    warmup = schedule.shared.warmup_steps / steps_per_epoch
     axis.axvspan(0, warmup, color=SHADE, zorder=0)
     axis.set_ylim(bottom=0)
     axis.set_xlim(0, schedule.total_steps / steps_per_epoch)
@@ -118,8 +118,10 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
 
 def _sample_steps(schedule: RunSchedule, layer: int) -> list[int]:
     """Steps from 0 to the one at which the layer is frozen, dense enough to look smooth, with the warm-up's corner."""
-    end = schedule.layers.freeze_step(layer) if schedule.layers is not None else schedule.total_steps
-    return sorted({*_spread(0, end), schedule.cosine.warmup_steps})
+    end = schedule.total_steps
+    if schedule.layers is not None:
+        end = min(end, schedule.layers.freeze_step(layer))
+    return sorted({*_spread(0, end), schedule.shared.warmup_steps})
 
 
 def _spread(start: int, end: int) -> list[int]:

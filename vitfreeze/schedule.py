@@ -48,9 +48,7 @@ class CosineSchedule:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        check_run_length(total_steps=self.total_steps, warmup_steps=self.warmup_steps)
-        if not 0 <= self.min_lr <= self.base_lr:
-            raise ArgumentError("min_lr", self.min_lr, f"a number from 0 to the base learning rate {self.base_lr:g}")
+        _check_rates(self)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of the optimizer step number `step`, counted from 0."""
@@ -62,6 +60,43 @@ class CosineSchedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WsdSchedule:
+    """Warm-up, stable, decay: from 0 to `base_lr`, level, and over the last `cooldown_steps` linearly to `min_lr`.
+
+    Until the cooldown begins, nothing depends on where the run ends. Source: Hu et al., "MiniCPM", 2024, section 4.
+
+    Raises:
+        ValueError: as CosineSchedule, or a warm-up and a cooldown that are longer than the run.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    cooldown_steps: int
+    base_lr: float
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rates(self)
+        longest = self.total_steps - self.warmup_steps
+        if not 1 <= self.cooldown_steps <= longest:
+            raise ArgumentError("cooldown_steps", self.cooldown_steps, f"1 to {longest} steps")
+
+    @property
+    def cooldown_start(self) -> int:
+        """The first step of the cooldown, the last with the full rate."""
+        return self.total_steps - self.cooldown_steps
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of the optimizer step number `step`, counted from 0."""
+        _check_step(step, total_steps=self.total_steps)
+        if step < self.warmup_steps:
+            return self.base_lr * step / self.warmup_steps
+        if step <= self.cooldown_start:
+            return self.base_lr
+        return self.min_lr + (self.base_lr - self.min_lr) * (self.total_steps - step) / self.cooldown_steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class FreezeSchedule:
     """FreezeOut on the layers of an encoder: layer i trains for a share t_i of the steps after warm-up.
 
@@ -70,6 +105,9 @@ class FreezeSchedule:
     initial rate to 0 (equation 2); the initial rate is base_lr / t_i if `scale_lr`, which makes the integral
     of the rate the same for all layers, else base_lr. During the warm-up, which is not counted in the share,
     it rises linearly from 0.
+
+    With `level` the rate stays at base_lr instead, and falls linearly to 0 over the last `decay_steps` of the share;
+    with 0 of them the layer leaves at its full rate.
 
     Layer i trains through step floor(warmup_steps + t_i * (total_steps - warmup_steps)) and is frozen from
     the next one on. That product is evaluated in float64 in the order of the reference, because a share that
@@ -86,6 +124,8 @@ class FreezeSchedule:
     total_steps: int
     warmup_steps: int
     base_lr: float
+    level: bool = False
+    decay_steps: int = 0
     shares: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _decay_steps: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _freeze_steps: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -118,7 +158,7 @@ class FreezeSchedule:
     def initial_rate(self, layer: int) -> float:
         """Return the rate that `layer` has at the end of the warm-up, its highest."""
         self._check_layer(layer)
-        return self.base_lr / self.shares[layer] if self.scale_lr else self.base_lr
+        return self.base_lr / self.shares[layer] if self.scale_lr and not self.level else self.base_lr
 
     def learning_rate(self, layer: int, step: int) -> float:
         """Return the rate of `layer` in the optimizer step number `step`, counted from 0; 0.0 once frozen.
@@ -132,6 +172,9 @@ class FreezeSchedule:
             return initial * step / self.warmup_steps
         if self._freeze_steps[layer] <= step:
             return 0.0
+        if self.level:
+            left = self.warmup_steps + self._decay_steps[layer] - step
+            return initial if left >= self.decay_steps else initial * left / self.decay_steps
         return initial * 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / self._decay_steps[layer]))
 
     def freeze_step(self, layer: int) -> int:
@@ -150,6 +193,13 @@ class FreezeSchedule:
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer {layer} does not exist: the layers are 0 to {self.num_layers - 1}")
+
+
+def _check_rates(schedule: CosineSchedule | WsdSchedule) -> None:
+    check_run_length(total_steps=schedule.total_steps, warmup_steps=schedule.warmup_steps)
+    if not 0 <= schedule.min_lr <= schedule.base_lr:
+        allowed = f"a number from 0 to the base learning rate {schedule.base_lr:g}"
+        raise ArgumentError("min_lr", schedule.min_lr, allowed)
 
 
 def _check_step(step: int, *, total_steps: int) -> None:
@@ -336,27 +386,31 @@ class RunSchedule:
     """A run as a function of its step.
 
     With `layers`, encoder layers follow FreezeOut; with `adaptive`, they freeze by measured change. Everything else,
-    and every layer of a run with neither, follows `cosine`.
+    and every layer of a run with neither, follows `shared`.
 
     Attributes:
         units: the freeze units of the model, first to freeze first.
-        heads_lr: global: heads follow `cosine`; layer: the rate of the layer that they leave with.
+        length: steps of the run as it was planned, of which shares are taken; a cooldown may end it before.
+        heads_lr: global: heads follow `shared`; layer: the rate of the layer that they leave with.
+        caps_layers: no layer has a higher rate than `shared`.
         weight_rows: the weights of the scales' losses, as `loss.scale_weights` gives them.
         layer_decay: factor on the rate from each layer to the one below it (Clark et al., "ELECTRA", ICLR 2020).
     """
 
     units: tuple[FreezeUnit, ...]
-    cosine: CosineSchedule
+    shared: CosineSchedule | WsdSchedule
+    length: int
     layers: FreezeSchedule | None = None
     adaptive: AdaptiveFreezing | None = None
     heads_lr: str = "global"
+    caps_layers: bool = False
     weight_rows: tuple[tuple[float, tuple[float, ...]], ...] = ()
     layer_decay: float = 1.0
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.cosine.total_steps
+        return self.shared.total_steps
 
     @cached_property
     def num_layers(self) -> int:
@@ -387,10 +441,11 @@ class RunSchedule:
 
     def learning_rate(self, unit: FreezeUnit, step: int) -> float:
         """Return the rate that a unit has at `step` unless adaptive freezing has ended its training."""
-        if self.layers is None or unit.leaves_with is None or (unit.layer is None and self.heads_lr == "global"):
-            rate = self.cosine.learning_rate(step)
-        else:
-            rate = self.layers.learning_rate(unit.leaves_with, step)
+        rate = self.shared.learning_rate(step)
+        has_own = unit.leaves_with is not None and (unit.layer is not None or self.heads_lr == "layer")
+        if self.layers is not None and unit.leaves_with is not None and has_own:
+            own = self.layers.learning_rate(unit.leaves_with, step)
+            rate = min(rate, own) if self.caps_layers else own
         return rate if unit.layer is None else rate * self.layer_decay ** (self.num_layers - unit.layer)
 
     def prefix_changes(self) -> tuple[tuple[int, int], ...]:
@@ -412,7 +467,7 @@ class RunSchedule:
     def _scale_weights(self, step: int) -> tuple[float, ...] | None:
         if not self.weight_rows:
             return None
-        weights = interpolate_weights(self.weight_rows, share_of_run=step / self.total_steps)
+        weights = interpolate_weights(self.weight_rows, share_of_run=step / self.length)
         return None if all(weight == 1 for weight in weights) else weights
 
 
@@ -435,28 +490,45 @@ def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Map
     steps = count_steps(config, steps_per_epoch=steps_per_epoch)
     size, freeze = config.model.resolve(), config.freeze
     total, warmup = steps.total_steps, steps.warmup_steps
+    shared: CosineSchedule | WsdSchedule
     layers, adaptive = None, None
     keys = {"total_steps": "run.length", "min_lr": "optim.min_lr", "t_0": "freeze.t_0"}
     with config.attribute_errors({**keys, "window_steps": "freeze.adaptive_window"}, steps_per_epoch=steps_per_epoch):
-        cosine = CosineSchedule(
-            total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, min_lr=config.optim.min_lr
-        )
+        base_lr, min_lr = config.base_lr, config.optim.min_lr
+        if config.optim.schedule == "wsd":
+            shared = WsdSchedule(
+                total_steps=steps.end_step, warmup_steps=warmup, cooldown_steps=steps.cooldown_steps,
+                base_lr=base_lr, min_lr=min_lr,
+            )  # fmt: skip
+        else:
+            shared = CosineSchedule(total_steps=total, warmup_steps=warmup, base_lr=base_lr, min_lr=min_lr)
         if freeze.mode == "schedule":
             layers = FreezeSchedule(
                 num_layers=size.num_layers, t_0=freeze.t_0, how=freeze.how, scale_lr=freeze.scale_lr,
-                total_steps=total, warmup_steps=warmup, base_lr=config.base_lr,
+                total_steps=total, warmup_steps=warmup, base_lr=config.base_lr, level=freeze.rates != "cosine",
+                decay_steps=_count_decay(config, steps) if freeze.rates == "stable" else 0,
             )  # fmt: skip
         elif freeze.mode == "adaptive":
             adaptive = _build_adaptive(config, steps=steps, events=events)
     return RunSchedule(
         units=units_of(config),
-        cosine=cosine,
+        shared=shared,
+        length=total,
         layers=layers,
         adaptive=adaptive,
         heads_lr=freeze.heads_lr,
+        caps_layers=freeze.rates == "global" or config.optim.schedule == "wsd",
         weight_rows=config.loss.scale_weights,
         layer_decay=config.finetune.layer_decay if config.run.task == "finetune" else 1.0,
     )
+
+
+def _count_decay(config: Config, steps: StepCounts) -> int:
+    decay = config.freeze.decay.to_steps(steps_per_epoch=steps.steps_per_epoch, total_steps=steps.total_steps)
+    longest = steps.total_steps - steps.warmup_steps
+    if not 1 <= decay <= longest:
+        raise config.error("freeze.decay", f"1 to {longest} steps, those after the warm-up; here it is {decay}")
+    return decay
 
 
 def _build_adaptive(config: Config, *, steps: StepCounts, events: Iterable[Mapping[str, Any]]) -> AdaptiveFreezing:

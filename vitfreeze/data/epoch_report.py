@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,10 @@ class EpochReport:
 
 
 def merge_reports(reports: Sequence[EpochReport], *, max_bad_fraction: float) -> EpochReport:
-    """Join the reports of all ranks on one epoch.
+    """Join reports on one epoch: those of all ranks, or that of a rank so far with that of its next batch.
 
     Raises:
-        ShardError: together they met more unusable samples than `max_bad_fraction` of the epoch.
+        ShardError: together they met more unusable samples than `max_bad_fraction` of the epoch; it names the shards.
         ValueError: the reports are of different epochs, or there is none.
     """
     if len({report.epoch for report in reports}) != 1:
@@ -77,21 +77,12 @@ def merge_reports(reports: Sequence[EpochReport], *, max_bad_fraction: float) ->
         fallbacks=sum(report.fallbacks for report in reports),
         skipped=tuple({sample.index: sample for report in reports for sample in report.skipped}.values()),
     )
-    check_bad_fraction(merged, max_bad_fraction=max_bad_fraction)
-    return merged
-
-
-def check_bad_fraction(report: EpochReport, *, max_bad_fraction: float) -> None:
-    """Refuse an epoch with too many unusable samples.
-
-    Raises:
-        ShardError: names the worst shards.
-    """
-    if len(report.skipped) > max_bad_fraction * report.epoch_images:
+    if len(merged.skipped) > max_bad_fraction * merged.epoch_images:
         raise ShardError(
-            f"{len(report.skipped)} of {report.epoch_images} samples of epoch {report.epoch} are unusable, over "
-            f"data.max_bad_fraction={max_bad_fraction:g}: {describe_skipped(report)}"
+            f"{len(merged.skipped)} of {merged.epoch_images} samples of epoch {merged.epoch} are unusable, over "
+            f"data.max_bad_fraction={max_bad_fraction:g}: {describe_skipped(merged)}"
         )
+    return merged
 
 
 def describe_skipped(report: EpochReport) -> str:
@@ -102,46 +93,10 @@ def describe_skipped(report: EpochReport) -> str:
     return ", ".join(parts) + (", ..." if len(counts) > _SHARDS_NAMED else "")
 
 
-class EpochTally:
-    """Counts what one rank meets in one epoch, and stops as soon as that alone is too much."""
-
-    def __init__(self, epoch: int, *, epoch_images: int, max_bad_fraction: float) -> None:
-        self.epoch = epoch
-        self.epoch_images = epoch_images
-        self.max_bad_fraction = max_bad_fraction
-        self._images = 0
-        self._fallbacks = 0
-        self._skipped: dict[int, SkippedSample] = {}
-
-    def add(self, skipped: Iterable[SkippedSample], *, images: int, fallbacks: int) -> None:
-        """Count one batch.
-
-        Raises:
-            ShardError: more samples than `max_bad_fraction` of the epoch are unusable.
-        """
-        self._images += images
-        self._fallbacks += fallbacks
-        known = len(self._skipped)
-        self._skipped |= {sample.index: sample for sample in skipped}
-        if len(self._skipped) > known:
-            check_bad_fraction(self._snapshot(), max_bad_fraction=self.max_bad_fraction)
-
-    def finish(self) -> EpochReport:
-        """Return the report, and log what was odd."""
-        report = self._snapshot()
-        if report.skipped:
-            _log.warning(
-                "epoch %d: %d samples were unusable: %s", self.epoch, len(report.skipped), describe_skipped(report)
-            )
-        if report.fallbacks:
-            _log.info("epoch %d: Pillow decoded %d of %d images", self.epoch, report.fallbacks, report.images)
-        return report
-
-    def _snapshot(self) -> EpochReport:
-        return EpochReport(
-            epoch=self.epoch,
-            epoch_images=self.epoch_images,
-            images=self._images,
-            fallbacks=self._fallbacks,
-            skipped=tuple(self._skipped.values()),
-        )
+def log_report(report: EpochReport) -> None:
+    """Log what was odd in an epoch."""
+    if report.skipped:
+        count = len(report.skipped)
+        _log.warning("epoch %d: %d samples were unusable: %s", report.epoch, count, describe_skipped(report))
+    if report.fallbacks:
+        _log.info("epoch %d: Pillow decoded %d of %d images", report.epoch, report.fallbacks, report.images)

@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader
 from vitfreeze.config import DataConfig, RunConfig, check_argument
 from vitfreeze.data.addresses import is_remote
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
-from vitfreeze.data.decoding import MAX_IMAGE_PIXELS
 from vitfreeze.data.downloads import DownloadCache, default_cache_dir
-from vitfreeze.data.epoch_report import EpochReport, EpochTally, SkippedSample
+from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_reports
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder
 from vitfreeze.data.shards import ShardReader, ShardSet, find_shards
@@ -70,7 +69,6 @@ class ReadOptions:
         num_classes: labels must exist and be smaller; None: labels are not looked at.
         max_bad_fraction: share of an epoch's samples that may be unusable; an error as soon as this rank alone meets
             more. Over several ranks, `merge_reports` decides.
-        max_image_pixels: largest image that is decoded.
         allow_pipe: allow 'pipe:COMMAND' as a shard, which runs a shell command; the user's command line alone decides.
         cache_dir: folder for fetched shards and for the shards' headers; None: the user's cache.
         cache_gigabytes: bound on the fetched shards.
@@ -80,7 +78,6 @@ class ReadOptions:
     prefetch: int = DataConfig.prefetch
     num_classes: int | None = None
     max_bad_fraction: float = DataConfig.max_bad_fraction
-    max_image_pixels: int = MAX_IMAGE_PIXELS
     allow_pipe: bool = DataConfig.allow_pipe
     cache_dir: str | PathLike[str] | None = None
     cache_gigabytes: float = DataConfig.cache_gigabytes
@@ -92,6 +89,8 @@ class ReadOptions:
 
 class _Loader:
     """What the loaders for training and evaluation share: the shards, the workers and the account of an epoch."""
+
+    _plan: BatchPlan
 
     def __init__(
         self,
@@ -121,6 +120,7 @@ class _Loader:
             self.reader.check_labels(0, max_bad_fraction=options.max_bad_fraction)
         self.starts = np.concatenate([[0], np.cumsum(np.asarray(self.lengths, dtype=np.int64))])
         self.num_samples = int(self.starts[-1])
+        self._report: EpochReport | None = None  # of the epoch under way
         self._reports: list[EpochReport] = []
         self._work_seconds = self._work_images = 0.0
 
@@ -133,6 +133,28 @@ class _Loader:
         """Return the reports of the epochs that ended since the last call."""
         reports, self._reports = self._reports, []
         return reports
+
+    def _count(self, batch: Batch, *, epoch_images: int) -> None:
+        """Add a batch to the report of its epoch.
+
+        Raises:
+            ShardError: more samples than `max_bad_fraction` of the epoch are unusable.
+        """
+        if self._report is not None and self._report.epoch != batch.epoch:
+            self._end_epoch()
+        report = EpochReport(
+            epoch=batch.epoch, epoch_images=epoch_images, images=len(batch.images) // self._plan.crops_per_image,
+            fallbacks=batch.fallbacks, skipped=batch.skipped,
+        )  # fmt: skip
+        known = [self._report] if self._report is not None else []
+        self._report = merge_reports([*known, report], max_bad_fraction=self.options.max_bad_fraction)
+
+    def _end_epoch(self) -> None:
+        """Report the epoch that was under way; one that goes on in another call of `batches` is not over."""
+        if self._report is not None:
+            log_report(self._report)
+            self._reports.append(self._report)
+            self._report = None
 
     def workers_needed(self, seconds_per_image: float) -> int:
         """Return how many workers per rank keep up with a device, judged by the batches made so far.
@@ -147,9 +169,9 @@ class _Loader:
             raise ValueError("the need for workers is measured from batches, and none was made yet")
         return workers_needed(self._work_seconds / self._work_images, seconds_per_image=seconds_per_image)
 
-    def _serve(self, plan: BatchPlan, requests: Iterable[Request], *, largest: int) -> Iterator[Batch]:
+    def _serve(self, requests: Iterable[Request], *, largest: int) -> Iterator[Batch]:
         """Yield the answers to requests of at most `largest` crops."""
-        workers, prefetch = self.options.workers, self.options.prefetch
+        plan, workers, prefetch = self._plan, self.options.workers, self.options.prefetch
         ring = Ring(
             ahead=workers * prefetch,
             batch=largest,
@@ -262,7 +284,6 @@ class TrainLoader(_Loader):
         super().__init__(
             shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=window_shards + 4
         )
-        self._tally: EpochTally | None = None
         order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
         self.steps_per_epoch = self.num_samples * crops_per_image // global_batch
         if not self.steps_per_epoch:
@@ -277,7 +298,6 @@ class TrainLoader(_Loader):
             num_patches=num_patches,
             crops_per_image=crops_per_image,
             replace_bad=True,
-            max_image_pixels=options.max_image_pixels,
         )
 
     def accumulation(self, micro_batch: int) -> int:
@@ -317,20 +337,10 @@ class TrainLoader(_Loader):
         size = micro_batch or self.micro_batch
         requests = self._requests(start_step, total_steps, size, self.accumulation(size))
         images = self.steps_per_epoch * self.global_batch // self.crops_per_image
-        for batch in self._serve(self._plan, requests, largest=size):
-            if self._tally is None or batch.epoch != self._tally.epoch:
-                self._end_epoch()
-                most = self.options.max_bad_fraction
-                self._tally = EpochTally(batch.epoch, epoch_images=images, max_bad_fraction=most)
-            self._tally.add(batch.skipped, images=len(batch.images) // self.crops_per_image, fallbacks=batch.fallbacks)
+        for batch in self._serve(requests, largest=size):
+            self._count(batch, epoch_images=images)
             yield batch
         self._end_epoch()
-
-    def _end_epoch(self) -> None:
-        """Report the epoch that was under way; one that goes on in another call of `batches` is not over."""
-        if self._tally is not None:
-            self._reports.append(self._tally.finish())
-            self._tally = None
 
     def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[Request]:
         for step in range(start_step, total_steps):
@@ -369,15 +379,7 @@ class EvalLoader(_Loader):
         options = options or ReadOptions()
         super().__init__(shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=8)
         self.batch_size = batch_size
-        self._plan = BatchPlan(
-            order=None,
-            transform=CenterCrop(img_size=img_size),
-            seed=0,
-            num_patches=0,
-            crops_per_image=1,
-            replace_bad=False,
-            max_image_pixels=options.max_image_pixels,
-        )
+        self._plan = BatchPlan(transform=CenterCrop(img_size=img_size))
 
     @property
     def share(self) -> range:
@@ -391,16 +393,16 @@ class EvalLoader(_Loader):
         return -(-len(self.share) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        tally = EpochTally(0, epoch_images=self.num_samples, max_bad_fraction=self.options.max_bad_fraction)
+        self._report = EpochReport(epoch=0, epoch_images=self.num_samples, images=0, fallbacks=0, skipped=())
         requests = (
             Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
         )
-        for batch in self._serve(self._plan, requests, largest=self.batch_size):
-            tally.add(batch.skipped, images=len(batch.images), fallbacks=batch.fallbacks)
+        for batch in self._serve(requests, largest=self.batch_size):
+            self._count(batch, epoch_images=self.num_samples)
             if len(batch.images):
                 yield batch
-        self._reports.append(tally.finish())
+        self._end_epoch()
 
 
 def workers_needed(work_seconds_per_image: float, *, seconds_per_image: float) -> int:

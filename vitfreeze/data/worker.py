@@ -66,15 +66,14 @@ class Ring:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How batches are made of samples."""
+    """How batches are made of samples; the defaults are evaluation's."""
 
-    order: EpochOrder | None  # None: in the order of the shards
     transform: Transform
-    seed: int
-    num_patches: int
-    crops_per_image: int
-    replace_bad: bool
-    max_image_pixels: int
+    order: EpochOrder | None = None  # None: in the order of the shards
+    seed: int = 0
+    num_patches: int = 0
+    crops_per_image: int = 1
+    replace_bad: bool = False
 
 
 class BatchMaker(Dataset):
@@ -153,8 +152,7 @@ class BatchMaker(Dataset):
             there = (place + offset) % length
             try:
                 sample = self.reader.sample(shard, there)
-                image = decode_image(self.reader.read(shard, sample), max_image_pixels=self.plan.max_image_pixels)
-                return sample, index - place + there, image
+                return sample, index - place + there, decode_image(self.reader.read(shard, sample))
             except BadSampleError as error:
                 reason = str(error)
                 if not offset:  # those passed over in search of a substitute are counted where it is their turn

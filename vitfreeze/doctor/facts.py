@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,9 @@ class RankFacts:
     shared_memory_bytes: int | None
     engine_error: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> RankFacts:
-        """Read what another rank wrote."""
+        """Read what `dataclasses.asdict` made of another rank's."""
         gpu = facts["gpu"]
         if gpu is not None:
             gpu = Gpu(**{**gpu, "capability": tuple(gpu["capability"]), "built_for": tuple(gpu["built_for"])})

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup
 
 from vitfreeze.doctor.checks import Links
+from vitfreeze.ranks import group_ranks
 from vitfreeze.rendezvous import Rendezvous
 
 CLOCK_READINGS = 5
@@ -76,9 +77,7 @@ def measure_links(rendezvous: Rendezvous, hosts: Sequence[str], *, device: torch
 
 def _measure_groups(hosts: Sequence[str], device: torch.device) -> tuple[float | None, ...]:
     every = bus_bandwidth(None, len(hosts), device)
-    nodes: dict[str, list[int]] = {}
-    for other, host in enumerate(hosts):
-        nodes.setdefault(host, []).append(other)
+    nodes = group_ranks(hosts)
     within, between = None, None
     for ranks in nodes.values():
         if len(nodes) > 1 and len(ranks) > 1:

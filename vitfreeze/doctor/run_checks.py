@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,28 +16,13 @@ import torch
 
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data import TrainLoader, build_train_loader
-from vitfreeze.doctor.checks import (
-    FolderProbe,
-    ShardReading,
-    check_batch,
-    check_clocks,
-    check_disk,
-    check_gpus,
-    check_links,
-    check_memory,
-    check_precision,
-    check_ranks,
-    check_run_folder,
-    check_shards,
-    check_shared_memory,
-    check_speed,
-    check_versions,
-)
+from vitfreeze.doctor import checks
+from vitfreeze.doctor.checks import FolderProbe, Need, ShardReading
 from vitfreeze.doctor.facts import RankFacts, collect_facts
-from vitfreeze.doctor.findings import Finding
+from vitfreeze.doctor.findings import Finding, ok, red, unseen
 from vitfreeze.doctor.network import compare_clocks, measure_links
 from vitfreeze.gpu import is_built_for
-from vitfreeze.planner import Plan, costs_of, plan
+from vitfreeze.planner import costs_of, plan
 from vitfreeze.ranks import LaunchEnvironment, group_ranks
 from vitfreeze.rendezvous import Rendezvous, fingerprint_shards
 
@@ -46,45 +31,13 @@ STEP_SHARE_OF_PRODUCTS = 0.4
 BYTES_SAVED_PER_PARAMETER = 12  # an fp32 master weight and two fp32 moments
 
 
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """What the recipe asks of each rank; without a recipe nothing is held against it.
-
-    Attributes:
-        images_per_second: that a rank of this speed trains at most; basis: how it was found, for the table.
-    """
-
-    config: Config
-    plan: Plan
-    images_per_second: float
-    basis: str
-
-    @property
-    def compute_seconds(self) -> float:
-        """Seconds that a rank computes for one optimizer step."""
-        return self.plan.micro_batch * self.plan.accumulation / self.images_per_second
-
-    @property
-    def saved_bytes(self) -> float:
-        """Bytes of the checkpoints that are kept, and of the one that is being written."""
-        parameters = costs_of(self.config).parameters
-        return (self.config.checkpoint.keep + 1) * parameters * BYTES_SAVED_PER_PARAMETER
-
-    @property
-    def shared_memory_bytes(self) -> float:
-        """Bytes that the data workers of one rank keep ready."""
-        data, model = self.config.data, self.config.model
-        image = 3 * model.img_size**2 + 4 * (model.img_size // model.resolve().patch_size) ** 2
-        return (data.workers * data.prefetch + 1) * self.plan.micro_batch * image if data.workers else 0
-
-
 def run_checks(
     config: Config | None,
     *,
     seconds: float = 5.0,
     images_per_second: float | None = None,
     timeout: timedelta = timedelta(minutes=2),
-) -> list[Finding]:
+) -> dict[str, Finding]:
     """Check the cluster that the launcher started this process in; collective, and the same answer on all ranks.
 
     Args:
@@ -99,37 +52,23 @@ def run_checks(
     launch = LaunchEnvironment.read()
     rendezvous = Rendezvous("doctor", launch=launch, timeout=timeout)
     hosts = label_hosts(rendezvous.wait_for_ranks(), local_size=launch.local_size)
-    own = collect_facts(launch)
-    everyone = [RankFacts.from_json(facts) for facts in rendezvous.gather(own.to_json())]
+    everyone = [RankFacts.from_json(facts) for facts in rendezvous.gather(asdict(collect_facts(launch)))]
     facts = [replace(rank, host=host) for rank, host in zip(everyone, hosts, strict=True)]
-    findings = [check_ranks(facts), check_versions(facts), check_gpus(facts)]
     need, batch = find_need(config, facts, launch=launch, images_per_second=images_per_second)
-    precision = need.plan.machine.precision if need else None
-    findings.append(check_precision(facts, wanted=precision))
-    findings += [batch] if batch else []
-    findings.append(
-        check_memory(
-            facts,
-            needed_bytes=need.plan.peak_memory_bytes if need else None,
-            micro_batch=need.plan.micro_batch if need else None,
-        )
-    )
-    findings.append(check_speed(facts, precision=precision or "fp32"))
-    findings.append(check_clocks(compare_clocks(rendezvous), hosts))
+    findings = {
+        "ranks": checks.check_ranks(facts),
+        "versions": checks.check_versions(facts),
+        "GPUs": checks.check_gpus(facts),
+        "precision": checks.check_precision(facts, wanted=need.precision),
+        **({"batch": batch} if batch else {}),
+        "GPU memory": checks.check_memory(facts, need),
+        "speed": checks.check_speed(facts, precision=need.precision or "fp32"),
+        "clocks": checks.check_clocks(compare_clocks(rendezvous), hosts),
+    }
     links = measure_links(rendezvous, hosts, device=choose_device(facts, launch))
-    findings.append(
-        check_links(
-            links,
-            gradient_bytes=need.plan.stages[0].gradient_bytes_per_step if need else None,
-            compute_seconds=need.compute_seconds if need else None,
-            world_size=launch.world_size,
-        )
-    )
-    findings.append(
-        check_shared_memory(facts, needed_bytes=need.shared_memory_bytes * launch.local_size if need else None)
-    )
-    findings += check_files(config, need, rendezvous, hosts, seconds=seconds)
-    return findings
+    findings["all-reduce"] = checks.check_links(links, need, world_size=launch.world_size)
+    findings["shared memory"] = checks.check_shared_memory(facts, need)
+    return findings | check_files(config, need, rendezvous, hosts, seconds=seconds)
 
 
 def label_hosts(hostnames: Sequence[str], *, local_size: int) -> list[str]:
@@ -150,54 +89,57 @@ def choose_device(facts: Sequence[RankFacts], launch: LaunchEnvironment) -> torc
 
 def find_need(
     config: Config | None, facts: Sequence[RankFacts], *, launch: LaunchEnvironment, images_per_second: float | None
-) -> tuple[Need | None, Finding | None]:
-    """Return what the recipe needs of each rank, and the finding on its batch; one that does not divide needs nothing.
+) -> tuple[Need, Finding | None]:
+    """Return what the recipe needs, and the finding on its batch; one that does not divide needs nothing.
 
     Raises:
         ConfigError: the recipe cannot be planned for another reason.
     """
     if config is None:
-        return None, None
+        return Need(), None
     if not config.run.ds_config and all(rank.gpu is None for rank in facts):
         config = replace(config, run=replace(config.run, ds_config="cpu"))
     try:
         micro_batch, accumulation = derive_accumulation(config, world_size=launch.world_size)
     except ValueError as error:
-        return None, check_batch(str(error), micro_batch=None, accumulation=None)
+        return Need(), red(str(error), cure="choose another number of ranks, batch.micro_size or batch.global_size")
     predicted = plan(config, world_size=launch.world_size)
+    precision = predicted.machine.precision
     rate, basis = images_per_second, "were asked for"
     if rate is None:
-        precision = predicted.machine.precision
         speed = min(rank.teraflops.get(precision, rank.teraflops.get("fp32", 0.0)) for rank in facts)
         rate = STEP_SHARE_OF_PRODUCTS * speed * 1e12 / predicted.stages[-1].flops_per_image
         basis = f"it could train at most, at {STEP_SHARE_OF_PRODUCTS:.0%} of its rate of matrix products"
-    need = Need(config=config, plan=predicted, images_per_second=rate, basis=basis)
-    return need, check_batch("", micro_batch=micro_batch, accumulation=accumulation)
+    data, model = config.data, config.model
+    image_bytes = 3 * model.img_size**2 + 4 * (model.img_size // model.resolve().patch_size) ** 2
+    batches_ahead = data.workers * data.prefetch + 1 if data.workers else 0
+    need = Need(
+        precision=precision, micro_batch=micro_batch, memory_bytes=predicted.peak_memory_bytes,
+        gradient_bytes=predicted.stages[0].gradient_bytes_per_step, compute_seconds=micro_batch * accumulation / rate,
+        images_per_second=rate, basis=basis,
+        shared_memory_bytes=batches_ahead * micro_batch * image_bytes * launch.local_size,
+        saved_bytes=(config.checkpoint.keep + 1) * costs_of(config).parameters * BYTES_SAVED_PER_PARAMETER,
+    )  # fmt: skip
+    return need, ok(f"micro-batch {micro_batch}, {accumulation} of them a step on each rank")
 
 
 def check_files(
-    config: Config | None, need: Need | None, rendezvous: Rendezvous, hosts: Sequence[str], *, seconds: float
-) -> list[Finding]:
+    config: Config | None, need: Need, rendezvous: Rendezvous, hosts: Sequence[str], *, seconds: float
+) -> dict[str, Finding]:
     """Check shards, run folder and disk."""
     if config is None:
-        return [
-            Finding(check=check, fit=None, found="name a recipe to have it examined")
-            for check in ("shards", "run folder", "disk")
-        ]
-    if need is None:
-        shards = Finding(check="shards", fit=None, found="not read, because the batch does not divide")
+        return dict.fromkeys(("shards", "run folder", "disk"), unseen("name a recipe to have it examined"))
+    if need.images_per_second is None:
+        shards = unseen("not read, because the batch does not divide")
     elif not config.data.train:
-        shards = Finding(check="shards", fit=False, found="the recipe names none", cure="data.train=FOLDER")
+        shards = red("the recipe names none", cure="data.train=FOLDER")
     else:
         answers = rendezvous.gather(asdict(read_shards(config, rendezvous.launch, seconds=seconds)))
-        shards = check_shards(
-            [ShardReading(**answer) for answer in answers], hosts,
-            needed_images_per_second=need.images_per_second, basis=need.basis,
-        )  # fmt: skip
+        shards = checks.check_shards([ShardReading(**answer) for answer in answers], hosts, need)
     folder = Path(config.run.dir or f"runs/{config.recipe}")
     probes = probe_folder(folder, rendezvous)
-    saved = need.saved_bytes if need else None
-    return [shards, check_run_folder(probes, hosts, folder=str(folder)), check_disk(probes, needed_bytes=saved)]
+    run_folder = checks.check_run_folder(probes, hosts, folder=str(folder))
+    return {"shards": shards, "run folder": run_folder, "disk": checks.check_disk(probes, need)}
 
 
 def read_shards(config: Config, launch: LaunchEnvironment, *, seconds: float) -> ShardReading:

@@ -81,7 +81,7 @@ class Plan:
     mode: str
     t_0: float
     how: str
-    scale_lr: bool
+    rates: str
     machine: Machine
     images_per_epoch: int
     steps_per_epoch: int
@@ -107,7 +107,7 @@ class Plan:
         """How layers freeze, in words."""
         if self.mode != "schedule":
             return self.mode
-        return f"t_0 {self.t_0:g}, {self.how}, {'scaled' if self.scale_lr else 'unscaled'} rates"
+        return f"t_0 {self.t_0:g}, {self.how}, {self.rates} rates"
 
 
 def read_machine(config: Config, *, world_size: int) -> Machine:
@@ -198,8 +198,8 @@ class _Planner:
         freeze = self.config.freeze
         return Plan(
             recipe=self.config.recipe, model=self.config.model.size, mode=freeze.mode, t_0=freeze.t_0, how=freeze.how,
-            scale_lr=freeze.scale_lr, machine=self.machine, images_per_epoch=images_per_epoch,
-            steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=self.schedule.cosine.warmup_steps,
+            rates=self.config.rates, machine=self.machine, images_per_epoch=images_per_epoch,
+            steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=self.schedule.shared.warmup_steps,
             global_batch=self.config.batch.global_size, micro_batch=micro, accumulation=accumulation, stages=stages,
             timing=self.timing(), gpu_hours=rank_hours,
             gpu_hours_saved=start.step_ms * total / 3.6e6 * self.machine.world_size - rank_hours,

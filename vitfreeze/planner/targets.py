@@ -41,9 +41,11 @@ AUTHORS_WITHOUT_FREEZING = AuthorsResult(how="off", t_0=1.0, scale_lr=True, top1
 
 def describe_authors(config: Config) -> str:
     """Return what the authors measured with the settings of a run, or near them; empty if it is not their model."""
-    if not _is_authors_model(config) or config.freeze.mode == "adaptive":
+    if not _is_authors_model(config) or config.freeze.mode == "adaptive" or config.optim.schedule != "cosine":
         return ""
     t_0 = 1.0 if config.freeze.mode == "off" else config.freeze.t_0
+    if config.freeze.mode == "schedule" and config.freeze.rates != "cosine":
+        return ""
     return find_authors_results(config.freeze.how, t_0=t_0, scale_lr=config.freeze.scale_lr)
 
 
@@ -112,7 +114,7 @@ def solve_targets(
         times.relative_cost(k, costs=costs) if times else costs.step_flops(k) / costs.step_flops(0)
         for k in range(costs.size.depth + 1)
     ]
-    total, warmup = schedule.total_steps, schedule.cosine.warmup_steps
+    total, warmup = schedule.total_steps, schedule.shared.warmup_steps
 
     def saving_at(how: str, ten_thousandths: int) -> float:
         layers = FreezeSchedule(

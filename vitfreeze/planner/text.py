@@ -118,7 +118,7 @@ def format_plans_side_by_side(plan: Plan, other: Plan) -> str:
     for name, figure in (
         ("model", lambda p: p.model),
         ("freezing", lambda p: p.mode if p.mode != "schedule" else f"t_0 {p.t_0:g} {p.how}"),
-        ("rates", lambda p: "one cosine" if p.mode != "schedule" else "scaled" if p.scale_lr else "unscaled"),
+        ("rates", lambda p: p.rates),
         ("steps", lambda p: f"{p.total_steps:,}"),
         ("first freeze at step", lambda p: f"{p.stages[1].first_step:,}" if len(p.stages) > 1 else "never"),
         ("step cost in the last stage", lambda p: f"{last(p).relative_cost:.3f}"),

@@ -1,0 +1,181 @@
+"""What the records of cells say: every arm against the plain run of its own seed that costs the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.frontier.arms import parse_arm
+from benchmarks.frontier.differences import Difference, compare_pairs, correct_for_many, mean_interval
+from benchmarks.frontier.errors import InputError
+
+PRIMARY = "finetuned"
+METRICS = (PRIMARY, "linear", "knn_10")
+FRESH_SEEDS = 5
+MOST_CLAIMS = 3
+SIGNIFICANCE = 0.05
+Record = Mapping[str, Any]
+GroupKey = tuple[str, str, int, str]
+ArmKey = tuple[str, float, float]  # arm, budget, blr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One arm at one budget and learning rate: what it costs, what it reaches, what it is worth against its control.
+
+    Attributes:
+        blr: learning rate of pre-training per 256 images.
+        accuracies: by metric, the mean over seeds and its interval, from 0 to 1.
+        control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
+        control_accuracy: what the control reaches by the primary metric, on the seeds that are shared.
+        differences: by metric, the paired difference from the control, where seeds are shared with it.
+    """
+
+    arm: str
+    budget: float
+    blr: float
+    words: str
+    cost: float
+    cost_with_finetuning: float
+    seeds: tuple[int, ...]
+    accuracies: Mapping[str, Difference]
+    control: str
+    control_accuracy: Difference | None
+    differences: Mapping[str, Difference]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a point of the plain frontier."""
+        return parse_arm(self.arm).kind_name == "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim that an arm beats the plain run of equal cost, put to the test with the others that are made."""
+
+    arm: str
+    budget: float
+    difference: Difference
+    adjusted_p: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is confirmed: the interval above 0, and Holm's p below 5 %."""
+        return self.difference.low > 0 and self.adjusted_p < SIGNIFICANCE
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Read all cells of a folder; raises InputError if there are none."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    cells = [record for record in records if "accuracy" in record]
+    if not cells:
+        raise InputError(f"{folder} holds no cell: no .json file with an accuracy")
+    return cells
+
+
+def group_records(records: Iterable[Record]) -> dict[GroupKey, list[Record]]:
+    """Part records that must not be compared: other data, size, number of labels, or judges; the test set first."""
+    groups: dict[GroupKey, list[Record]] = {}
+    for record in records:
+        key = (record["data"], record["size"], record["labels"], record["judged_on"])
+        groups.setdefault(key, []).append(record)
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (key[3] != "test", key))}
+
+
+def find(records: Sequence[Record]) -> list[Finding]:
+    """Return the findings of one group, by falling cost."""
+    arms: dict[ArmKey, dict[int, Record]] = {}
+    for record in records:
+        arms.setdefault((record["arm"], record["budget"], record["blr"]), {})[record["seed"]] = record
+    found = [_find_arm(runs, _find_control(runs, arms)) for runs in arms.values()]
+    return sorted(found, key=lambda finding: (-round(finding.cost, 3), not finding.is_plain, finding.arm, finding.blr))
+
+
+def _find_control(runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]]) -> Mapping[int, Record]:
+    """Return the plain runs of the same cost, which may differ by one step, that share most seeds with `runs`.
+
+    Of plain runs with several learning rates, the best is the control, as it would be for a user.
+    """
+    one = next(iter(runs.values()))
+    if parse_arm(one["arm"]).kind_name == "plain":
+        return {}
+
+    def fits(other: Record) -> bool:
+        difference = abs(other["cost"]["pretraining"] - one["cost"]["pretraining"])
+        return parse_arm(other["arm"]).kind_name == "plain" and difference <= 1.001 / one["steps_of_plain"]
+
+    plain = [others for others in arms.values() if fits(next(iter(others.values())))]
+
+    def rank(others: Mapping[int, Record]) -> tuple[int, float]:
+        mean = sum(other["accuracy"][PRIMARY] for other in others.values()) / len(others)
+        return len(others.keys() & runs.keys()), mean
+
+    return max(plain, key=rank, default={})
+
+
+def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record]) -> Finding:
+    seeds = tuple(sorted(runs))
+    one, shared = runs[seeds[0]], sorted(runs.keys() & control.keys())
+
+    def values(of: Mapping[int, Record], metric: str, chosen: Sequence[int]) -> list[float]:
+        return [of[seed]["accuracy"][metric] for seed in chosen]
+
+    differences = {
+        metric: compare_pairs(values(runs, metric, shared), values(control, metric, shared))
+        for metric in METRICS
+        if shared
+    }
+    return Finding(
+        arm=one["arm"], budget=one["budget"], blr=one["blr"], words=one["words"], seeds=seeds,
+        cost=one["cost"]["pretraining"], cost_with_finetuning=one["cost"]["with_finetuning"],
+        accuracies={metric: mean_interval(values(runs, metric, seeds)) for metric in METRICS},
+        control=control[shared[0]]["arm"] if shared else "",
+        control_accuracy=mean_interval(values(control, PRIMARY, shared)) if shared else None, differences=differences,
+    )  # fmt: skip
+
+
+def confirm(records: Sequence[Record], claims: Sequence[tuple[str, float]]) -> list[Claim]:
+    """Put claims (arm, budget) to the test, on the test set, with all labels and at least five fresh seeds.
+
+    Raises:
+        InputError: too many claims, or records that are exploration and cannot confirm anything.
+    """
+    if not 1 <= len(claims) <= MOST_CLAIMS:
+        raise InputError(
+            f"{len(claims)} claims are made; allowed: 1 to {MOST_CLAIMS}, chosen before the test set is seen"
+        )
+    judging = [record for record in records if is_confirmation(record)]
+    explored = {(r["data"], r["seed"]) for r in records if not is_confirmation(r)}
+    findings = find(judging) if judging else []
+    differences = []
+    for claim in claims:
+        made = [finding for finding in findings if (finding.arm, finding.budget) == claim]
+        if len(made) > 1:
+            raise InputError(
+                f"{claim[0]} at budget {claim[1]:g} has {len(made)} learning rates; a claim has one, chosen"
+            )
+        finding = made[0] if made else None
+        difference = finding.differences.get(PRIMARY) if finding else None
+        pairs = difference.pairs if difference else 0
+        if difference is None or pairs < FRESH_SEEDS:
+            raise InputError(
+                f"{claim[0]} at budget {claim[1]:g} has {pairs} pairs with a plain run of its cost, judged on the test "
+                f"set with all labels; a claim needs {FRESH_SEEDS}"
+            )
+        differences.append(difference)
+    stale = sorted({record["seed"] for record in judging if (record["data"], record["seed"]) in explored})
+    if stale:
+        raise InputError(f"seed {stale[0]} was used for exploring; a claim needs seeds that no choice has seen")
+    adjusted = correct_for_many([difference.p_value for difference in differences])
+    return [
+        Claim(arm=arm, budget=budget, difference=difference, adjusted_p=p_value)
+        for (arm, budget), difference, p_value in zip(claims, differences, adjusted, strict=True)
+    ]
+
+
+def is_confirmation(record: Record) -> bool:
+    """Whether a record may confirm a claim: judged by the test set, fine-tuned on all labels."""
+    return record["judged_on"] == "test" and record["labels"] == record["images"]["train"]
