@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
 from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
-from vitfreeze.config import Config
+from vitfreeze.config import Colours, Config
+from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
 
 TIMM_PREFIX = "timm:"
@@ -41,6 +42,7 @@ class Pretrained:
         location: the run folder, file or name that was given.
         checkpoint: ours, if it is one of ours.
         config: the settings of our run.
+        colours: what the images that they were trained on were normalised by; ImageNet's, if nothing says so.
         rounded: dtype of each tensor that its source held in half precision, by name.
     """
 
@@ -51,6 +53,7 @@ class Pretrained:
     location: str
     checkpoint: Checkpoint | None = None
     config: Config | None = None
+    colours: Colours = IMAGENET
     rounded: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -168,6 +171,7 @@ def _read_run(path: Path) -> Pretrained:
         location=str(path),
         checkpoint=checkpoint,
         config=config,
+        colours=config.data.colours,
         rounded=rounded,
     )
 
@@ -180,7 +184,10 @@ def _read_safetensors(path: Path) -> Pretrained:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from None
     size = ModelSize(**json.loads(metadata["model_size"])) if "model_size" in metadata else None
-    return _from_tensors(source, path=path, size=size, origin=metadata.get("origin", f"the weights in {path}"))
+    colours = _read_colours(*json.loads(metadata["colours"])) if "colours" in metadata else IMAGENET
+    return _from_tensors(
+        source, path=path, size=size, colours=colours, origin=metadata.get("origin", f"the weights in {path}")
+    )
 
 
 def _read_torch(path: Path) -> Pretrained:
@@ -212,7 +219,14 @@ def _read_timm(text: str) -> Pretrained:
     return _from_tensors(
         model.state_dict(), path=Path(name), size=None, origin=f"timm's model {name}", location=text,
         num_heads=cast(Block, model.blocks[0]).attn.num_heads,
+        colours=_read_colours(model.pretrained_cfg["mean"], model.pretrained_cfg["std"]),
     )  # fmt: skip
+
+
+def _read_colours(mean: Sequence[float], std: Sequence[float]) -> Colours:
+    """Check that there are three of each; raises ValueError."""
+    (r, g, b), (r_std, g_std, b_std) = mean, std
+    return Colours((r, g, b), (r_std, g_std, b_std))
 
 
 def _from_tensors(
@@ -223,6 +237,7 @@ def _from_tensors(
     origin: str,
     location: str | None = None,
     num_heads: int | None = None,
+    colours: Colours = IMAGENET,
 ) -> Pretrained:
     """Recognise whose names these are, and the sizes behind them."""
     wrong = next((name for name, value in source.items() if not isinstance(value, Tensor)), None)
@@ -252,6 +267,7 @@ def _from_tensors(
         img_size=grid * size.patch_size,
         origin=f"{origin} ({whose})",
         location=location or str(path),
+        colours=colours,
         rounded=rounded,
     )
 

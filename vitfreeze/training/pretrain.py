@@ -75,7 +75,7 @@ class Pretraining:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the living scales, and the loss of each."""
         output = engine(
-            normalize(batch.images.to(engine.device, non_blocking=True)),
+            normalize(batch.images.to(engine.device, non_blocking=True), colours=self.config.data.colours),
             noise=batch.noise.to(engine.device, non_blocking=True),
             scale_weights=now.scale_weights,
         )
@@ -97,7 +97,10 @@ class Pretraining:
         if self._shown is None:
             loader = open_split(self.config, "validation" if self.config.data.val else "train")
             self._shown = next(iter(loader)).images[:SHOWN_IMAGES]
-        panels = make_panels(engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers)
+        panels = make_panels(
+            engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers,
+            colours=self.config.data.colours,
+        )  # fmt: skip
         return to_pixels(draw_figure(panels))
 
     def close(self, directory: Path, engine: FreezingEngine) -> None:
