@@ -70,10 +70,10 @@ def words_of(path: Path) -> str:
     [
         ("paper", [], ["cubic, scaled rates", "saves 15.2% of the computing", "a layer freezes", "warm-up"]),
         ("unscaled", ["model.size=vit_large_patch16"], ["vit_large_patch16", "unscaled rates", "24"]),
-        ("off", [], ["freezing: off", "nothing freezes by schedule"]),
+        ("off", [], ["freezing off", "nothing freezes by schedule"]),
         ("paper", ["freeze.heads_lr=layer", "optim.warmup=0"], ["as the layer of their tap"]),
         ("paper", ["freeze.cls_token=false", "freeze.patch_embed=false"], ["learning rate", "epoch"]),
-        ("paper", ["freeze.mode=adaptive"], ["freezing: adaptive"]),
+        ("paper", ["freeze.mode=adaptive"], ["freezing adaptive"]),
         ("finetune_b_100ep", ["freeze.mode=schedule"], ["classifier", "a layer freezes"]),
     ],
 )

@@ -116,9 +116,9 @@ def _is_first_rank() -> bool:
 
 
 def _print_result(result: Any, text: str, *, as_json: bool) -> int:
-    """Print a dataclass as JSON, or its text, once for all ranks."""
+    """Print a dataclass, or a list of them, as JSON, or its text, once for all ranks."""
     if _is_first_rank():
-        print(json.dumps(asdict(result), indent=1) if as_json else text)
+        print(json.dumps(result, default=asdict, indent=1) if as_json else text)
     return 0
 
 
@@ -297,8 +297,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.target_saving is not None:
         targets = planner.solve_targets(configs[0], target_saving=parsed.target_saving, times=times, **counts)
         as_text = planner.format_targets(targets, target_saving=parsed.target_saving)
-        print(json.dumps([asdict(target) for target in targets], indent=1) if parsed.json else as_text)
-        return 0
+        return _print_result(targets, as_text, as_json=parsed.json)
     plans = [
         planner.plan(
             config, world_size=parsed.nodes * parsed.gpus, times=times, bandwidth_gigabytes=parsed.bandwidth,
@@ -308,9 +307,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     ]  # fmt: skip
     if len(plans) == 1:
         return _print_result(plans[0], planner.format_plan(plans[0]), as_json=parsed.json)
-    as_text = planner.format_plans_side_by_side(*plans)
-    print(json.dumps([asdict(plan) for plan in plans], indent=1) if parsed.json else as_text)
-    return 0
+    return _print_result(plans, planner.format_plans_side_by_side(*plans), as_json=parsed.json)
 
 
 def _count_images(config: Config) -> int | None:
@@ -385,6 +382,9 @@ def _add_bench(commands: Commands) -> None:
     _add_bench_of_engine(parts, "step", _bench_step, help="time and memory of a recipe's step as more layers freeze")
     _add_bench_of_engine(parts, "freeze", _bench_freeze, help="seconds in which frozen layers leave, beside a step's")
     _add_bench_of_engine(
+        parts, "launches", _bench_launches, help="kernels, host waits, collectives of a recipe's step, counted on a CPU"
+    )
+    _add_bench_of_engine(
         parts, "scaling", _bench_scaling, help="under the launcher: what more ranks cost, and the plan"
     )
 
@@ -421,7 +421,8 @@ def _bench_data(parsed: argparse.Namespace) -> int:
 def _add_bench_of_engine(parts: Commands, name: str, handler: Handler, *, help: str) -> None:
     parser = _add_command(parts, name, handler, help=help)
     _add_recipe(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
+    if name != "launches":
+        parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
     if name != "freeze":
         frozen = "numbers of frozen layers; 0 is always measured"
         parser.add_argument("--frozen", type=_parse_frozen, metavar="K,K,...", help=frozen)
@@ -459,6 +460,13 @@ def _bench_freeze(parsed: argparse.Namespace) -> int:
 
     result = run_freeze_benchmark(_read_config(parsed), rounds=parsed.rounds)
     return _print_result(result, format_freeze_benchmark(result), as_json=parsed.json)
+
+
+def _bench_launches(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.launches import count_launches, format_launch_count
+
+    result = count_launches(_read_config(parsed), frozen_layers=parsed.frozen)
+    return _print_result(result, format_launch_count(result), as_json=parsed.json)
 
 
 def _bench_scaling(parsed: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitfreeze import __version__
 from vitfreeze.architecture import ModelSize
+from vitfreeze.data.augmentation import CROP_PCT
 from vitfreeze.files import read_json_lines, replacing
 from vitfreeze.model import averaged_weights, to_timm
 from vitfreeze.model.local_mim import LAYER_NORM_EPS
@@ -113,12 +114,11 @@ def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def timm_config(pretrained: Pretrained) -> dict[str, Any]:
     """Return the config.json from which `timm.create_model("local-dir:FOLDER")` builds the model."""
-    num_classes = len(pretrained.weights["head.bias"]) if pretrained.is_classifier else 0
     # LocalMIM trains the patches, but an encoder for timm keeps its norm in front of the pooling: global_pool="token".
     pool = pretrained.global_pool
     return {
         "architecture": ARCHITECTURE,
-        "num_classes": num_classes,
+        "num_classes": pretrained.num_classes,
         "num_features": pretrained.size.embed_dim,
         "global_pool": pool,
         "model_args": {**timm_arguments(pretrained.size, img_size=pretrained.img_size), "global_pool": pool},
@@ -126,10 +126,10 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
             "input_size": [3, pretrained.img_size, pretrained.img_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": CROP_PCT,
             "mean": list(pretrained.colours.mean),
             "std": list(pretrained.colours.std),
-            "num_classes": num_classes,
+            "num_classes": pretrained.num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
@@ -179,7 +179,7 @@ def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
         "```",
         "",
         f"Images: {pretrained.img_size} x {pretrained.img_size} pixels (shorter side resized bicubically to "
-        f"{round(pretrained.img_size / 0.875)}, central crop), RGB from 0 to 1, less the mean "
+        f"{round(pretrained.img_size / CROP_PCT)}, central crop), RGB from 0 to 1, less the mean "
         f"{list(pretrained.colours.mean)}, divided by {list(pretrained.colours.std)}. "
         "Features: the mean of the patch tokens, without the class token.",
         "",
@@ -196,8 +196,7 @@ def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
 
 def _loading_lines(pretrained: Pretrained, *, to: str, target: Path) -> list[str]:
     pool = pretrained.global_pool
-    num_classes = len(pretrained.weights["head.bias"]) if pretrained.is_classifier else 0
-    arguments = {**timm_arguments(pretrained.size, img_size=pretrained.img_size), "num_classes": num_classes}
+    arguments = {**timm_arguments(pretrained.size, img_size=pretrained.img_size), "num_classes": pretrained.num_classes}
     plain = [
         f"arguments = {arguments}",
         f'model = timm.create_model("{ARCHITECTURE}", global_pool="{pool}", **arguments)',

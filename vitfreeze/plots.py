@@ -27,6 +27,7 @@ SCALE_STYLES: Mapping[str, tuple[str, str]] = {
     "0.5": ("#CC79A7", ":"),
 }
 INK, SHADE, ACCENT = "#222222", "#EEEEEE", "#D55E00"
+LEGEND: Mapping[str, Any] = {"edgecolor": "none", "framealpha": 0.9, "fontsize": "small"}
 POINTS_PER_CURVE = 600
 
 
@@ -41,10 +42,9 @@ def plot_schedule(config: Config, path: Path, *, steps_per_epoch: int | None = N
     prediction = plan(config, steps_per_epoch=steps_per_epoch)
     schedule = build_schedule(config, steps_per_epoch=prediction.steps_per_epoch)
     figure, axes = _new_figure(rows=2, columns=1, size=(9, 7), heights=(3, 1))
-    rates, cost = axes[0][0], axes[1][0]
+    (rates,), (cost,) = axes
     _draw_rates(rates, schedule, steps_per_epoch=prediction.steps_per_epoch)
     _draw_cost(cost, prediction)
-    cost.set_xlabel("epoch")
     rates.set_title(f"{prediction.recipe}: {prediction.model}, freezing {prediction.freezing}", loc="left")
     return _save(figure, path)
 
@@ -75,8 +75,7 @@ def plot_run(run_dir: Path, path: Path) -> Path:
         _draw_comparison(axes[3][0], axes[3][1], compare_run(config, metrics, events=events))
     for axis in [axis for row in axes[:3] for axis in row]:
         _mark_freezes(axis, metrics)
-        axis.set_xlabel("step")
-        axis.set_xlim(0, steps[-1])
+        axis.set(xlabel="step", xlim=(0, steps[-1]))
     figure.suptitle(f"{run_dir.resolve().name}: {config.model.size}, {steps[-1]:,} steps", x=0.01, ha="left")
     return _save(figure, path)
 
@@ -106,12 +105,10 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
         axis.plot([], [], color=INK, linestyle="none", label="heads: as the layer of their tap")
     warmup = schedule.shared.warmup_steps / steps_per_epoch
     axis.axvspan(0, warmup, color=SHADE, zorder=0)
-    axis.set_ylim(bottom=0)
-    axis.set_xlim(0, schedule.total_steps / steps_per_epoch)
+    axis.set(xlim=(0, schedule.total_steps / steps_per_epoch), ylim=(0, None), ylabel="learning rate")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
     if warmup:
         axis.text(warmup / 2, 0.97, "warm-up", transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
-    axis.set_ylabel("learning rate")
     axis.legend(loc="upper right", frameon=False)
     _add_layer_bar(axis, schedule.num_layers - 1)
 
@@ -134,9 +131,7 @@ def _draw_cost(axis: Axes, prediction: Plan) -> None:
     costs = [stage.relative_cost for stage in prediction.stages]
     axis.stairs(costs, epochs, color=ACCENT, linewidth=1.6, baseline=None)
     axis.stairs(costs, epochs, baseline=1, fill=True, color=ACCENT, alpha=0.15)
-    axis.set_ylim(0, 1.08)
-    axis.set_xlim(0, epochs[-1])
-    axis.set_ylabel("cost of a step\n(start = 1)")
+    axis.set(xlim=(0, epochs[-1]), ylim=(0, 1.08), xlabel="epoch", ylabel="cost of a step\n(start = 1)")
     saved = f"saves {prediction.saving:.1%} of the computing" if prediction.saving else "nothing freezes by schedule"
     axis.text(0.01, 0.08, saved, transform=axis.transAxes, color=INK)
 
@@ -151,9 +146,7 @@ def _draw_losses(total: Axes, scales: Axes, metrics: Sequence[Mapping[str, Any]]
     scales.set_ylabel("loss of each scale")
     if not scales.lines:
         _draw_accuracy(scales, metrics)
-    scales.legend(
-        loc="best" if not metrics[-1]["losses"] else "upper right", edgecolor="none", framealpha=0.9, fontsize="small"
-    )
+    scales.legend(loc="best" if not metrics[-1]["losses"] else "upper right", **LEGEND)
     scales.grid(axis="y", color=SHADE)
 
 
@@ -179,9 +172,8 @@ def _draw_logged_rates(axis: Axes, metrics: Sequence[Mapping[str, Any]], *, unit
     rates = [line["lr"][rest.name] for line in lines]
     label = "classifier" if rest.head is None else "heads"
     axis.plot([line["step"] for line in lines], rates, color=INK, linestyle="--", linewidth=1.2, label=label)
-    axis.legend(loc="upper right", edgecolor="none", framealpha=0.9, fontsize="small")
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("learning rate")
+    axis.legend(loc="upper right", **LEGEND)
+    axis.set(ylim=(0, None), ylabel="learning rate")
     _add_layer_bar(axis, count_layers(units) - 1)
 
 
@@ -193,8 +185,7 @@ def _draw_series(axis: Axes, steps: Sequence[int], values: Sequence[float], *, l
 
 def _draw_staircase(axis: Axes, steps: Sequence[int], values: Sequence[float], *, label: str) -> None:
     axis.step([0, *steps], [values[0], *values], where="pre", color=INK, linewidth=1.4)
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel(label)
+    axis.set(ylim=(0, None), ylabel=label)
     axis.grid(axis="y", color=SHADE)
 
 
@@ -218,11 +209,8 @@ def _draw_comparison(costs: Axes, savings: Axes, comparison: Comparison) -> None
         frozen, measured, yerr=ranges, color=ACCENT, marker="s", linewidth=1.4, elinewidth=0.8, capsize=3,
         label="measured (median and quartiles)",
     )  # fmt: skip
-    costs.set_xticks(frozen)
-    costs.set_ylim(bottom=0)
-    costs.set_xlabel("frozen layers")
-    costs.set_ylabel("cost of a step (start = 1)")
-    costs.legend(loc="lower left", edgecolor="none", framealpha=0.9, fontsize="small")
+    costs.set(xticks=frozen, ylim=(0, None), xlabel="frozen layers", ylabel="cost of a step (start = 1)")
+    costs.legend(loc="lower left", **LEGEND)
     costs.grid(axis="y", color=SHADE)
     shares = [100 * comparison.predicted_saving, 100 * comparison.measured_saving]
     bars = savings.barh(["planned", "measured"], shares, height=0.5, color=["white", ACCENT], edgecolor=[INK, ACCENT])
@@ -262,11 +250,9 @@ def _add_layer_bar(axis: Axes, depth: int) -> None:
 def _new_figure(
     *, rows: int, columns: int, size: tuple[float, float], heights: Iterable[float]
 ) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, height_ratios=list(heights))
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

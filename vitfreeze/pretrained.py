@@ -62,6 +62,11 @@ class Pretrained:
         return "head.weight" in self.weights
 
     @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return len(self.weights["head.bias"]) if self.is_classifier else 0
+
+    @property
     def global_pool(self) -> str:
         """What timm pools by to load these weights: a norm behind the pooling is that of the mean of the patches."""
         return "avg" if "fc_norm.weight" in self.weights else "token"

@@ -91,7 +91,7 @@ def run_step_benchmark(
     """
     if clock not in CLOCKS:
         raise ValueError(f"clock {clock!r}: allowed are {', '.join(CLOCKS)}")
-    prefixes = _choose_prefixes(frozen_layers, depth=config.model.resolve().depth)
+    prefixes = choose_prefixes(frozen_layers, depth=config.model.resolve().depth)
     engine, images = start_engine(config, rounds=rounds)
     clock = "wall" if engine.device.type == "cuda" else clock
     bench = _Bench(engine, images, clock=CLOCKS[clock])
@@ -108,7 +108,7 @@ def run_step_benchmark(
     )
 
 
-def _choose_prefixes(frozen_layers: Sequence[int] | None, *, depth: int) -> list[int]:
+def choose_prefixes(frozen_layers: Sequence[int] | None, *, depth: int) -> list[int]:
     if frozen_layers is None:
         return [round(depth * quarter / 4) for quarter in range(5)]
     for k in frozen_layers:

@@ -17,7 +17,10 @@ from vitfreeze.config import DataConfig, check_argument
 from vitfreeze.data.decoding import resize_crop
 from vitfreeze.data.order import SampleRandom
 
+CROP_PCT = 0.875  # of an evaluated image's shorter side: the usual 256 -> 224
 _CROP_ATTEMPTS = 10
+_MIRRORED = 0.5  # share of the training images
+_LEAST_RATIO, _GREATEST_RATIO = 3 / 4, 4 / 3  # width / height of a training crop
 
 
 class Transform(Protocol):
@@ -40,34 +43,26 @@ class RandomCrop:
     Args:
         img_size: side of the result in pixels.
         scale: least and greatest share of the image's area.
-        ratio: least and greatest width / height.
-        hflip: probability of mirroring.
     """
 
     img_size: int
     scale: tuple[float, float] = DataConfig.crop_scale
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
 
     def __post_init__(self) -> None:
         if self.img_size < 1:
             raise ValueError(f"img_size is {self.img_size}; an image has at least 1 pixel")
         check_argument("data.crop_scale", self.scale, name="scale")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}; it must be two numbers with 0 < least <= greatest")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip is {self.hflip}; a probability lies between 0 and 1")
 
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         draws = random.uniform(3 + 2 * _CROP_ATTEMPTS).tolist()
         box = self.box(pixels.shape[0], pixels.shape[1], draws[1:])
         image = resize_crop(pixels, box, (self.img_size, self.img_size))
-        out.copy_(image.flip(-1) if draws[0] < self.hflip else image)
+        out.copy_(image.flip(-1) if draws[0] < _MIRRORED else image)
 
     def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
         """Return top, left, height, width of the rectangle that 2 + 2 * 10 uniform numbers choose."""
         offset_y, offset_x = draws[:2]
-        log_least, log_greatest = math.log(self.ratio[0]), math.log(self.ratio[1])
+        log_least, log_greatest = math.log(_LEAST_RATIO), math.log(_GREATEST_RATIO)
         for attempt in range(1, _CROP_ATTEMPTS + 1):
             area_draw, ratio_draw = draws[2 * attempt : 2 * attempt + 2]
             area = height * width * (self.scale[0] + area_draw * (self.scale[1] - self.scale[0]))
@@ -76,33 +71,25 @@ class RandomCrop:
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 top, left = int(offset_y * (height - crop_height + 1)), int(offset_x * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
-        return _central_box(height, width, self.ratio)
+        return _central_box(height, width)
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
     """Return the largest central rectangle whose shape is allowed."""
-    if width / height < ratio[0]:
-        crop_height, crop_width = max(1, round(width / ratio[0])), width
-    elif width / height > ratio[1]:
-        crop_height, crop_width = height, max(1, round(height * ratio[1]))
-    else:
-        crop_height, crop_width = height, width
+    crop_height = min(height, max(1, round(width / _LEAST_RATIO)))
+    crop_width = min(width, max(1, round(height * _GREATEST_RATIO)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """Evaluation: the shorter side to img_size / crop_pct, bicubic, then the central square.
-
-    The default 0.875 is the usual 256 -> 224.
-    """
+    """Evaluation: the shorter side to img_size / CROP_PCT, bicubic, then the central square."""
 
     img_size: int
-    crop_pct: float = 0.875
 
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         height, width = pixels.shape[:2]
-        shorter = round(self.img_size / self.crop_pct)
+        shorter = round(self.img_size / CROP_PCT)
         if height < width:
             size = (shorter, int(shorter * width / height))
         else:

@@ -61,10 +61,10 @@ def open_split(
         ConfigError: the recipe names no shards for it.
         ShardError: the shards cannot be read.
     """
-    key = "data.train" if split == "train" else "data.val"
-    shards = config.data.train if split == "train" else config.data.val
+    setting = "train" if split == "train" else "val"
+    shards = getattr(config.data, setting)
     if not shards:
-        raise config.error(key, f"shards of the {split} split")
+        raise config.error(f"data.{setting}", f"shards of the {split} split")
     return EvalLoader(
         shards,
         split=split,

@@ -88,11 +88,9 @@ class DownloadCache:
                 return stream.read(64 << 20)
         except FileNotFoundError:
             return None
-        except urllib.error.HTTPError as error:
-            if error.code in (403, 404, 410):  # object stores answer 403 for what does not exist
-                return None
-            raise ShardError(f"{cut_query(url)} cannot be read: {_one_line(error)}") from error
         except OSError as error:
+            if getattr(error, "code", None) in (403, 404, 410):  # object stores answer 403 for what does not exist
+                return None
             raise ShardError(f"{cut_query(url)} cannot be read: {_one_line(error)}") from error
 
     def _fetch(self, address: Address, path: Path) -> None:

@@ -99,9 +99,10 @@ class _Loader:
         split: str,
         rank: int,
         world_size: int,
-        options: ReadOptions,
+        options: ReadOptions | None,
         open_shards: int,
     ) -> None:
+        options = options or ReadOptions()
         self.rank, self.world_size, self.options = rank, world_size, options
         self.pin_memory = torch.cuda.is_available()  # page-locked batches, for asynchronous copies
         folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
@@ -274,7 +275,6 @@ class TrainLoader(_Loader):
         options: ReadOptions | None = None,
         window_shards: int = 16,
     ) -> None:
-        options = options or ReadOptions()
         check_argument("run.seed", seed)
         check_argument("data.crops_per_image", crops_per_image)
         self.global_batch, self.crops_per_image = global_batch, crops_per_image
@@ -376,7 +376,6 @@ class EvalLoader(_Loader):
         split: str = "validation",
         options: ReadOptions | None = None,
     ) -> None:
-        options = options or ReadOptions()
         super().__init__(shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=8)
         self.batch_size = batch_size
         self._plan = BatchPlan(transform=CenterCrop(img_size=img_size))

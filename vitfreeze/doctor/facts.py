@@ -83,8 +83,8 @@ def collect_facts(launch: LaunchEnvironment) -> RankFacts:
     return RankFacts(
         rank=launch.rank, local_rank=launch.local_rank, host=socket.gethostname(), versions=software_versions(),
         torch_cuda=torch.version.cuda or "", gpus_seen=gpus_seen, driver_says=_ask_driver(), gpu=gpu,
-        precisions=precisions, teraflops=teraflops, shared_memory_bytes=_size_of_shared_memory(),
-        engine_error=_try_engine(),
+        precisions=precisions, teraflops=teraflops, engine_error=_try_engine(),
+        shared_memory_bytes=shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None,
     )  # fmt: skip
 
 
@@ -144,10 +144,6 @@ def _ask_driver() -> str:
     except subprocess.TimeoutExpired:
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def _size_of_shared_memory() -> int | None:
-    return shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None
 
 
 def _try_engine() -> str:

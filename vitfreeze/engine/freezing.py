@@ -445,8 +445,8 @@ class FreezingEngine(Generic[ModelT]):
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that were skipped because a gradient overflowed."""
-        return int(self._live.engine.skipped_steps)
+        """Optimizer steps that were skipped because a gradient was not finite; waits for the device."""
+        return self._live.skipped_steps
 
     @property
     def global_steps(self) -> int:
@@ -455,8 +455,13 @@ class FreezingEngine(Generic[ModelT]):
 
     @property
     def overflowed(self) -> bool:
-        """Whether the last optimizer step was skipped."""
-        return self.global_steps > 0 and not self._live.engine.was_step_applied()
+        """Whether the last optimizer step was skipped; waits for the device."""
+        return bool(self.overflow)
+
+    @property
+    def overflow(self) -> Tensor | bool:
+        """Whether the last optimizer step was skipped: a scalar on the device, where the host need not know it."""
+        return self._live.overflow
 
     def gradient_elements(self) -> int:
         """Return how many gradient elements are reduced over the ranks in one optimizer step."""

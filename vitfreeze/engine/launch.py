@@ -19,9 +19,14 @@ log = logging.getLogger(__name__)
 TESTED_SERIES = "0.19."
 
 
+def is_tested_version() -> bool:
+    """Return whether this DeepSpeed is of the series with which the engine is tested."""
+    return bool(deepspeed.__version__.startswith(TESTED_SERIES))
+
+
 def check_version() -> None:
     """Warn if this DeepSpeed is not of the series with which freezing is tested."""
-    if not deepspeed.__version__.startswith(TESTED_SERIES):
+    if not is_tested_version():
         log.warning(
             "DeepSpeed %s is installed; that frozen layers leave exactly is tested with %s* only: run "
             "`pytest tests/test_engine.py` before you rely on it",

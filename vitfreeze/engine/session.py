@@ -8,11 +8,12 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
+from vitfreeze.engine.launch import is_tested_version
 from vitfreeze.engine.settings import DeepSpeedSettings, complete_settings
 from vitfreeze.engine.slices import GroupState, Segment, SliceReader, create_moments, read_group, segments, write_group
 from vitfreeze.engine.units import GroupPlan
+from vitfreeze.engine.zero import CheckedAdamW, group_gradients
 from vitfreeze.ranks import Ranks
 
 COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
@@ -86,13 +87,16 @@ class EngineSession:
             }
             for plan in plans
         ]
-        self.optimizer = AdamW(groups, fused=True, **adam)
+        self.optimizer = CheckedAdamW(groups, fused=True, **adam)
+        self.optimizer.checks_itself = not self.is_partitioned
+        groups_gradients = self.is_partitioned and not settings.clips and is_tested_version()
         config = complete_settings(
             settings,
             micro_batch=micro_batch,
             accumulation=accumulation,
             world_size=ranks.world_size,
             active_elements=sum(plan.numel for plan in plans),
+            checks_gradients=not groups_gradients,
         )
         self._shell = _Shell(model)
         self.engine, *_ = deepspeed.initialize(
@@ -100,6 +104,8 @@ class EngineSession:
         )
         if len(self.optimizer.param_groups) != len(plans):
             raise RuntimeError(f"DeepSpeed kept {len(self.optimizer.param_groups)} of {len(plans)} parameter groups")
+        if groups_gradients:
+            group_gradients(self.engine.optimizer)
         if optimizer_states is None:
             create_moments(self.optimizer)
         else:
@@ -155,16 +161,30 @@ class EngineSession:
         scaler = self._loss_scaler()
         return float(scaler.cur_scale) if scaler is not None else 1.0
 
+    @property
+    def overflow(self) -> Tensor | bool:
+        """Whether the last step was skipped, because a gradient was not finite: on the device, if only it knows."""
+        known = self.engine.global_steps > 0 and not self.engine.was_step_applied()
+        return known if self.optimizer.found_inf is None else self.optimizer.found_inf
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped; waits for the device."""
+        skipped = self.optimizer.skipped
+        return int(self.engine.skipped_steps) + (0 if skipped is None else int(skipped))
+
     def read_scalars(self) -> dict[str, Any]:
         """Return the engine's counters and the state of its loss scaler, ready for JSON."""
         scaler = self._loss_scaler()
         fields = {name: vars(scaler)[name] for name in SCALER_FIELDS if name in vars(scaler)} if scaler else None
-        return {**{name: int(vars(self.engine)[name]) for name in COUNTERS}, "loss_scaler": fields}
+        counters = {name: int(vars(self.engine)[name]) for name in COUNTERS}
+        return {**counters, "skipped_steps": self.skipped_steps, "loss_scaler": fields}
 
     def write_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Set counters and loss scaler, the way DeepSpeed itself does when it loads a checkpoint."""
         for name in COUNTERS:
             setattr(self.engine, name, scalars[name])
+        self.optimizer.skipped = None
         scaler = self._loss_scaler()
         if scaler is not None and scalars["loss_scaler"] is not None:
             for name, value in scalars["loss_scaler"].items():

@@ -18,6 +18,9 @@ _LAYOUT = "it changes where a layer's values lie in ZeRO's flat buffers, on whic
 _MONITOR = "DeepSpeed rebuilds its monitors whenever a layer is dropped; runs write metrics.jsonl and TensorBoard files"
 _OFFLOAD = "offloaded optimizer state stays referenced by the parameters, so a dropped layer's memory never returns"
 
+_GROUPS = "the engine lays the gradients of whole groups end to end and reduces them so"
+_CHECKED = "the engine checks every step's gradients, and skips the step if one is not finite"
+
 # Why a key that DeepSpeed knows is not allowed here.
 REFUSED_KEYS: Mapping[str, str] = {
     "train_batch_size": f"{_RECIPE}: set batch.global_size, or micro_batch and accumulation of FreezingEngine",
@@ -40,6 +43,12 @@ REFUSED_KEYS: Mapping[str, str] = {
     "zero_optimization.offload_param": "it needs stage 3",
     "zero_optimization.round_robin_gradients": _LAYOUT,
     "zero_optimization.parameter_alignment": _LAYOUT,
+    "zero_optimization.contiguous_gradients": _GROUPS,
+    "zero_optimization.reduce_scatter": _GROUPS,
+    "zero_optimization.use_multi_rank_bucket_allreduce": _GROUPS,
+    "zero_optimization.allgather_partitions": "DeepSpeed does not read it in the stages that are supported",
+    "zero_optimization.compute_grad_norm": "only clipping needs the norm: set gradient_clipping",
+    "bf16.check_grad_overflow": _CHECKED,
     "fp16.auto_cast": "it would round the images from which the HOG targets are computed",
     "fp16.fp16_master_weights_and_grads": "it gives up the fp32 master weights",
     "bf16.bf16_master_weights_and_grads": "it gives up the fp32 master weights",
@@ -54,12 +63,9 @@ ALLOWED_KEYS: Mapping[str, tuple[str, ...]] = {
         *("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
         "consecutive_hysteresis",
     ),
-    "bf16": ("enabled", "check_grad_overflow"),
+    "bf16": ("enabled",),
     "data_types": ("grad_accum_dtype",),
-    "zero_optimization": (
-        *("stage", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients"),
-        *("reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce", "compute_grad_norm"),
-    ),
+    "zero_optimization": (*("stage", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm"),),
 }
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
 
@@ -77,6 +83,11 @@ class DeepSpeedSettings:
     def sums_in_fp32(self) -> bool:
         """Whether gradients are summed in fp32 over the micro-batches of a step."""
         return self.content.get("data_types", {}).get("grad_accum_dtype", self.precision) == "fp32"
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped by their norm."""
+        return bool(self.content["gradient_clipping"])
 
     def refuse(self, key: str, value: object, allowed: str) -> ConfigError:
         """Return the error for a value that cannot be used."""
@@ -163,9 +174,17 @@ def _check_accumulation_dtype(settings: DeepSpeedSettings) -> None:
 
 
 def complete_settings(
-    settings: DeepSpeedSettings, *, micro_batch: int, accumulation: int, world_size: int, active_elements: int
+    settings: DeepSpeedSettings,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    world_size: int,
+    active_elements: int,
+    checks_gradients: bool = True,
 ) -> dict[str, Any]:
     """Return what DeepSpeed is given: the settings, with the recipe's batch sizes.
+
+    `checks_gradients`: leave it to DeepSpeed to find gradients that are not finite, parameter by parameter.
 
     ZeRO allocates `reduce_bucket_size` elements in every backward pass whatever the model's size, so the bucket is
     never larger than what is still trained: this memory, too, comes back as layers freeze.
@@ -174,14 +193,19 @@ def complete_settings(
     if settings.stage:
         bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
         zero["reduce_bucket_size"] = min(bucket, max(active_elements, 1))
+    content = {**settings.content, "zero_optimization": zero}
+    if not checks_gradients:
+        zero |= {"compute_grad_norm": False, "contiguous_gradients": False}
+        if settings.precision == "bf16":
+            content["bf16"] = {"enabled": True, "check_grad_overflow": False}
     return {
-        **settings.content,
-        "zero_optimization": zero,
+        **content,
         "train_batch_size": micro_batch * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it makes the device wait twice in a micro-batch
         "log_level": "warning",
     }
 

@@ -104,10 +104,11 @@ class DecoderBlock(Block):
         """Return the outputs of the tokens from `first_query` on; every token still serves as key and value."""
         attention = self.attn
         normed_BND = self.norm1(tokens_BND)
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-        width = weight.shape[1]
-        query = F.linear(normed_BND[:, first_query:], weight[:width], bias[:width])
-        key, value = F.linear(normed_BND, weight[width:], bias[width:]).chunk(2, dim=-1)
+        width = normed_BND.shape[-1]
+        # Splitting, unlike slicing, puts the two gradients of a weight together in one operation.
+        weights, biases = (x.split([width, 2 * width]) for x in (attention.qkv.weight, attention.qkv.bias))
+        query = F.linear(normed_BND[:, first_query:], weights[0], biases[0])
+        key, value = F.linear(normed_BND, weights[1], biases[1]).chunk(2, dim=-1)
         split = partial(torch.unflatten, dim=-1, sizes=(attention.num_heads, -1))
         query, key, value = (split(x).transpose(1, 2) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value)
@@ -230,10 +231,10 @@ class Decoder(nn.Module):
         num_visible = latents_BND.shape[1] - 1
         # DeepSpeed converts parameters, not buffers: positions must not raise half-precision tokens to float32.
         pos_embed = self.pos_embed.to(self.mask_token.dtype)
-        pos_LD = pos_embed[0, 1:]
         visible_BND = self.embed(latents_BND)
-        pos_BVD = torch.cat([pos_embed[:, :1].expand(len(ids_BL), -1, -1), pos_LD[ids_BL[:, :num_visible]]], dim=1)
-        masked_BMD = self.mask_token + pos_LD[ids_BL[:, num_visible:]]
+        pos_BLD = pos_embed[0, 1:][ids_BL]
+        pos_BVD = torch.cat([pos_embed[:, :1].expand(len(ids_BL), -1, -1), pos_BLD[:, :num_visible]], dim=1)
+        masked_BMD = self.mask_token + pos_BLD[:, num_visible:]
         tokens_BND = torch.cat([visible_BND + pos_BVD, masked_BMD.to(visible_BND.dtype)], dim=1)
         for block in self.blocks[:-1]:
             tokens_BND = block(tokens_BND)

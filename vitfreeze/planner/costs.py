@@ -319,10 +319,7 @@ class ModelCosts(EncoderCosts):
 
     def heads_kept(self, frozen_layers: int) -> Kept:
         """Return what autograd keeps of the heads that still train."""
-        kept = Kept()
-        for head in self.heads_left(frozen_layers):
-            kept += self._head_kept(head)
-        return kept
+        return sum((self._head_kept(head) for head in self.heads_left(frozen_layers)), Kept())
 
     def _head_kept(self, head: int) -> Kept:
         size, scale, outputs = self.size, HEAD_SCALES[head], 3 * self.hog_nbins

@@ -41,6 +41,13 @@ class StepTimes:
         return start + along * (self.step_ms[above] / self.step_ms[0] - start)
 
 
+def relative_cost(frozen_layers: int, *, costs: EncoderCosts, times: StepTimes | None) -> float:
+    """Return the cost of a step relative to the start: as measured, or else by its counted operations."""
+    if times is not None:
+        return times.relative_cost(frozen_layers, costs=costs)
+    return costs.step_flops(frozen_layers) / costs.step_flops(0)
+
+
 def read_step_times(path: Path) -> StepTimes:
     """Read what `vitfreeze bench step --json` printed.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_accumulation, find_ds_config
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
-from vitfreeze.planner.measured import StepTimes
+from vitfreeze.planner.measured import StepTimes, relative_cost
 from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
 from vitfreeze.schedule import RunSchedule, build_schedule
 
@@ -252,11 +252,10 @@ class _Planner:
 
     def step_time(self, frozen: int) -> tuple[float, float]:
         """Return the cost relative to the start and the milliseconds of an optimizer step."""
-        flops, start = self.costs.step_flops(frozen), self.costs.step_flops(0)
+        cost = relative_cost(frozen, costs=self.costs, times=self.times)
         images = self.config.batch.global_size / self.machine.world_size
         if self.times is None:
-            return flops / start, 1e3 * flops * images / (self.teraflops * 1e12)
-        cost = self.times.relative_cost(frozen, costs=self.costs)
+            return cost, 1e3 * self.costs.step_flops(frozen) * images / (self.teraflops * 1e12)
         return cost, cost * self.times.ms_per_image * images
 
     def timing(self) -> str:

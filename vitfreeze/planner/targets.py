@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vitfreeze.config import POWERS, Config, ConfigError
 from vitfreeze.planner.costs import costs_of
-from vitfreeze.planner.measured import StepTimes
+from vitfreeze.planner.measured import StepTimes, relative_cost
 from vitfreeze.schedule import FreezeSchedule, build_schedule
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
@@ -110,10 +110,7 @@ def solve_targets(
         raise ConfigError(f"the target saving is {target_saving}, but it must lie strictly between 0 and 1")
     per_epoch = count_steps_per_epoch(config, images_per_epoch=images_per_epoch)
     schedule, costs = build_schedule(config, steps_per_epoch=per_epoch), costs_of(config)
-    relative = [
-        times.relative_cost(k, costs=costs) if times else costs.step_flops(k) / costs.step_flops(0)
-        for k in range(costs.size.depth + 1)
-    ]
+    relative = [relative_cost(k, costs=costs, times=times) for k in range(costs.size.depth + 1)]
     total, warmup = schedule.total_steps, schedule.shared.warmup_steps
 
     def saving_at(how: str, ten_thousandths: int) -> float:
