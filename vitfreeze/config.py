@@ -187,7 +187,10 @@ class ModelConfig:
     activation_checkpointing: bool = option(False, "recompute active blocks to save memory", may_change=True)
     compile: bool = option(False, "torch.compile each block", may_change=True)
     init_from: str = option(
-        "", "first weights: a run, an export, LocalMIM's or MAE's .pth, timm:NAME", may_change=True, is_path=True
+        "",
+        "first weights: a run, an export, LocalMIM's, MAE's or DINO's .pth, timm:NAME",
+        may_change=True,
+        is_path=True,
     )
 
     def resolve(self) -> ModelSize:

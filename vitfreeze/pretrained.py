@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localm
 
 TIMM_PREFIX = "timm:"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_WORDS_FOR_WEIGHTS = ("model", "state_dict", "teacher", "student")
 HALF = ("bfloat16", "float16")
 LAST_NORM = f"heads.{len(HEAD_SCALES) - 1}.norm."
 # Bookkeeping of a HOG target or of a decoder's positions; a model makes its own.
@@ -81,7 +83,7 @@ def read_pretrained(location: str | Path) -> Pretrained:
     """Read weights from wherever they are.
 
     Args:
-        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM or MAE, a
+        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM, MAE or DINO, a
             .safetensors file that `vitfreeze export` or timm wrote, or 'timm:' with the name of a model that timm
             fetches from its hub. Nothing is unpickled but tensors, plain containers and the arguments beside them.
 
@@ -211,7 +213,20 @@ def _read_torch(path: Path) -> Pretrained:
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise ValueError(f"{path} holds a {kind}, expected the weights, or a dict with them as 'model'")
-    return _from_tensors(content.get("model", content), path=path, size=None, origin=f"the weights in {path}")
+    return _from_tensors(_find_weights(content), path=path, size=None, origin=f"the weights in {path}")
+
+
+def _find_weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the weights of a checkpoint by the encoder's own names.
+
+    They may lie under a word, as in MAE's and timm's files (`model`, `state_dict`) or in those of DINO and iBOT
+    (`teacher`, `student`), and their names may begin with those of the modules around them.
+    """
+    inner = next((content[word] for word in _WORDS_FOR_WEIGHTS if isinstance(content.get(word), Mapping)), content)
+    names = {name: re.sub(r"^(module\.)?(_orig_mod\.)?", "", name) for name in inner}
+    if any(name.startswith("backbone.") for name in names.values()):  # the others are the projection head's
+        return {new[9:]: inner[old] for old, new in names.items() if new.startswith("backbone.")}
+    return {new: inner[old] for old, new in names.items()}
 
 
 def _read_timm(text: str) -> Pretrained:
