@@ -19,6 +19,7 @@ EPILOG = """examples:
       --devkit ILSVRC2012_devkit_t12.tar.gz --out shards/imagenet
   vitfreeze-data imagenet --kaggle imagenet-object-localization-challenge --out shards/imagenet
   vitfreeze-data folder my_photos --out shards/photos --resize-shorter 288 --quality 90
+  vitfreeze-data folder scans --no-labels --out shards/scans
   vitfreeze-data demo --out shards/demo
   vitfreeze-data verify shards/imagenet
   vitfreeze-data describe shards/imagenet
@@ -63,8 +64,11 @@ def _add_imagenet(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_folder(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("folder", help="any tree with a folder per class, with or without train/ and val/")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the tree")
+    parser = commands.add_parser(
+        "folder", help="any tree of images: a folder per class, or no classes; train/ and val/"
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the tree, nested or flat")
+    parser.add_argument("--no-labels", action="store_true", help="folders are no classes: pack all images, unlabelled")
     _add_packing_options(parser, name=None)
     parser.add_argument("--limit-classes", type=int, metavar="N", help="only the first N classes in sorted order")
     _add_resize_options(parser)
@@ -155,12 +159,14 @@ def run_imagenet(options: argparse.Namespace) -> int:
 
 
 def run_folder(options: argparse.Namespace) -> int:
-    """Pack a class-per-folder tree."""
+    """Pack a tree of images, with a class per folder or without classes."""
     from data_prep.folders import read_folder
 
     if options.name is None:
         options.name = re.sub(r"[^A-Za-z0-9_]", "_", options.folder.resolve().name) or "images"
-    return _pack(lambda: read_folder(options.folder, limit_classes=options.limit_classes), options)
+    return _pack(
+        lambda: read_folder(options.folder, limit_classes=options.limit_classes, labels=not options.no_labels), options
+    )
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -6,19 +6,21 @@ strings would cost ten times that.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, UndecodableError
 
+NO_LABEL = -1
 MAX_KEY_LENGTH = 80  # a USTAR header holds 100 characters, extension included
 
 
@@ -58,9 +60,32 @@ class ByteRange:
         return data
 
 
+# What is wrong with one file, not with the disk or the network behind it.
+_OF_ONE_FILE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EISDIR})
+
+
+@dataclass(frozen=True)
+class ImageFile(ByteRange):
+    """A file that is one image: if it cannot be read, that image is left out."""
+
+    def read(self) -> bytes:
+        """Read the file.
+
+        Raises:
+            UndecodableError: it may not be read, or is gone.
+            InputError: as `ByteRange`.
+        """
+        try:
+            return super().read()
+        except InputError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_ONE_FILE:
+                raise UndecodableError(str(error).rstrip(".")) from error
+            raise
+
+
 @dataclass(frozen=True)
 class Record:
-    """One image on its way into a shard."""
+    """One image on its way into a shard; `label` may be NO_LABEL."""
 
     key: str
     filename: str
@@ -89,7 +114,7 @@ class ImageSet:
     """
 
     classes: Sequence[str]
-    splits: dict[str, Catalogue]
+    splits: Mapping[str, Catalogue]
     notes: Sequence[str] = ()
     drawn: bool = False
 
@@ -179,8 +204,9 @@ class FileCatalogue:
 
     def _record(self, position: int) -> Record:
         name, size = self._names[position], int(self._sizes[position])
+        source: ByteRange
         if self._offsets is None:
-            source = ByteRange(os.path.join(self._root, name), 0, size)
+            source = ImageFile(os.path.join(self._root, name), 0, size)
         else:
             source = ByteRange(self._root, int(self._offsets[position]), size)
         filename = name if self._keep_folders else name.rpartition("/")[2]

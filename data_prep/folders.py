@@ -1,17 +1,51 @@
-"""Images in a tree of folders, one folder per class."""
+"""Images in a tree of folders, one folder per class or without classes."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_prep.catalogue import Catalogue, FileCatalogue, ImageSet, Listing, choose_classes, clean_key, number_repeated
+from data_prep.catalogue import NO_LABEL, FileCatalogue, ImageSet, Listing, choose_classes, clean_key, number_repeated
 from data_prep.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+
+
+@dataclass
+class FoundImages:
+    """Image files below a folder, as paths relative to the root with `/` between parts; sorted.
+
+    `unreadable` says of each file or folder that could not be looked at why not.
+    """
+
+    names: list[bytes] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    num_other_files: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, other: FoundImages) -> None:
+        """Append what was found elsewhere below the same root."""
+        self.names += other.names
+        self.sizes += other.sizes
+        self.num_other_files += other.num_other_files
+        self.unreadable += other.unreadable
+
+    def require_readable(self) -> None:
+        """Refuse what is not whole; raises InputError."""
+        if self.unreadable:
+            raise InputError(f"cannot read {self.unreadable[0]}.")
+
+    def describe_rest(self) -> list[str]:
+        """What is there besides images, as ends of a sentence."""
+        words = [f"{self.num_other_files} other files are left alone"] if self.num_other_files else []
+        if self.unreadable:
+            words.append(f"{len(self.unreadable)} files or folders cannot be read, the first: {self.unreadable[0]}")
+        return words
 
 
 def list_class_folders(root: Path) -> list[str]:
@@ -22,112 +56,167 @@ def list_class_folders(root: Path) -> list[str]:
     """
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            # entry.is_dir() raises for a link that leads to itself
+            return sorted(
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".")
+                and (entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)))
+            )
     except OSError as error:
         raise InputError(f"cannot read the folder {root}: {error.strerror}.") from error
 
 
-def find_images(root: Path, below: str) -> tuple[Listing, int]:
-    """All images in the folder `below` of `root` and in its folders, sorted, and the number of other files there.
+def find_images(root: Path, below: str, *, deep: bool = True) -> FoundImages:
+    """All images in the folder `below` of `root`, and with `deep` in its folders.
 
-    Names are relative to the root with `/` between parts; links are followed, hidden files are not seen.
-
-    Raises:
-        InputError: a folder cannot be read.
+    Links are followed, also out of the tree, but a folder is entered once only; hidden files are not seen, and what
+    cannot be read is counted.
     """
-    files = sorted(_walk_files(root / below, seen=set()))
-    images = [(path, size) for path, size in files if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
-    names = [os.fsencode(PurePosixPath(os.path.relpath(path, root))) for path, _ in images]
-    return Listing(names, [size for _, size in images], None), len(files) - len(images)
+    found = FoundImages()
+    for path, size in sorted(_walk_files(root / below, seen=set(), deep=deep, unreadable=found.unreadable)):
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+            found.names.append(os.fsencode(PurePosixPath(os.path.relpath(path, root))))
+            found.sizes.append(size)
+        else:
+            found.num_other_files += 1
+    return found
 
 
-def _walk_files(folder: str | Path, *, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+def _walk_files(
+    folder: str | Path, *, seen: set[tuple[int, int]], deep: bool, unreadable: list[str]
+) -> Iterator[tuple[str, int]]:
     try:
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # links that go round in a circle
+        if (status.st_dev, status.st_ino) in seen:
+            unreadable.append(f"{folder} (a link to a folder that was read already)")
             return
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in visible:
-            if entry.is_dir():
-                yield from _walk_files(entry.path, seen=seen)
-            elif entry.is_file():
-                yield entry.path, entry.stat().st_size
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or folder}: {error.strerror}.") from error
+        unreadable.append(f"{folder} ({error.strerror})")
+        return
+    for entry in visible:
+        try:
+            if not entry.is_dir():
+                status = entry.stat()  # raises for links that lead nowhere, or to themselves
+                if stat.S_ISREG(status.st_mode):
+                    yield entry.path, status.st_size
+                continue
+        except OSError as error:
+            unreadable.append(f"{entry.path} ({error.strerror})")
+            continue
+        if deep:
+            yield from _walk_files(entry.path, seen=seen, deep=deep, unreadable=unreadable)
 
 
-def read_folder(root: Path, *, limit_classes: int | None) -> ImageSet:
-    """List a class-per-folder tree, with or without train and val folders above the classes.
+def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = True) -> ImageSet:
+    """List a tree of images, with or without train and val folders.
 
     Classes are the sorted names of the class folders; those of the training images where there are two splits. The
-    key of a sample is class and path, joined by `_`.
+    key of a sample is class and path, joined by `_`. Without class folders, or with `labels` false, all images of a
+    split are taken, however deep they lie, and have no label.
 
     Raises:
-        InputError: no such layout, or a validation class that is not among the training classes.
+        InputError: the folder cannot be read, a validation class that is not among the training classes, or a limit
+            of classes where there are none.
     """
-    roots, left_alone = find_split_folders(root)
-    classes = list_class_folders(next(iter(roots.values())))
-    chosen = choose_classes(classes, limit_classes)
-    splits: dict[str, Catalogue] = {}
+    roots, left_alone = find_split_folders(root, labels=labels)
     notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
-    for split, folder in roots.items():
+    classes = list_class_folders(next(iter(roots.values()))) if labels else []
+    if not classes:
+        if limit_classes is not None:
+            raise InputError(f"--limit-classes needs class folders, and {root} is packed without labels.")
+        unlabelled = {split: _read_unlabelled(split, folder, notes) for split, folder in roots.items()}
+        return ImageSet([], unlabelled, [*notes, "without labels: for pre-training, not for k-NN or fine-tuning"])
+    chosen = choose_classes(classes, limit_classes)
+    for folder in roots.values():
         unknown = sorted(set(list_class_folders(folder)) - set(classes))
         if unknown:
             raise InputError(f"{folder} holds the class {unknown[0]}, which the training images do not have.")
-        splits[split], num_other = _read_split(folder, chosen)
-        others = f"; {num_other} other files are left alone" if num_other else ""
-        notes.append(f"{split}: {len(splits[split])} images of {len(chosen)} classes in {folder}{others}")
-    return ImageSet(chosen, splits, notes)
+    labelled = {split: _read_labelled(split, folder, chosen, notes) for split, folder in roots.items()}
+    return ImageSet(chosen, labelled, notes)
 
 
-def find_split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Which folder holds the classes of which split, and the folders in `root` that are not used.
+def find_split_folders(root: Path, *, labels: bool = True) -> tuple[dict[str, Path], list[str]]:
+    """Which folder holds the images of which split, and the folders in `root` that are not used.
 
     A folder named train (or val, where there is no other folder) that holds folders is a split; otherwise `root` itself
-    holds the classes, all of them for training. So `train` may be a class too, next to `bus` and `car`.
-
-    Raises:
-        InputError: no class folders.
-    """
-    folders = list_class_folders(root)
-    splits = {}
-    for split, names in (("train", TRAIN_FOLDERS), ("validation", VALIDATION_FOLDERS)):
-        found = [name for name in names if name in folders and list_class_folders(root / name)]
-        if found:
-            splits[split] = root / found[0]
-    if "train" in splits or (splits and len(folders) == 1):
-        used = {path.name for path in splits.values()}
-        return splits, [name for name in folders if name not in used]
-    if not folders:
-        raise InputError(f"{root} holds no class folders.")
-    return {"train": root}, []
-
-
-def list_labelled(root: Path, folders: Sequence[str]) -> tuple[Listing, list[int], int]:
-    """The images in class folders, the position of each one's folder, and how many other files are there.
+    is the training split. So `train` may be a class too, next to `bus` and `car`. Without `labels`, and where there is
+    no other folder, train and val are splits whatever they hold.
 
     Raises:
         InputError: a folder cannot be read.
     """
-    found = [find_images(root, folder) for folder in folders]
-    names = [name for images, _ in found for name in images.names]
-    sizes = [size for images, _ in found for size in images.sizes]
-    labels = [label for label, (images, _) in enumerate(found) for _ in images.names]
-    return Listing(names, sizes, None), labels, sum(num_other for _, num_other in found)
+    folders = list_class_folders(root)
+    only_splits = bool(folders) and all(name in (*TRAIN_FOLDERS, *VALIDATION_FOLDERS) for name in folders)
+    flat = only_splits and not any(list_class_folders(root / name) for name in folders)
+    splits = {}
+    for split, names in (("train", TRAIN_FOLDERS), ("validation", VALIDATION_FOLDERS)):
+        found = [name for name in names if name in folders]
+        if found := [name for name in found if not labels or flat or list_class_folders(root / name)]:
+            splits[split] = root / found[0]
+    if "train" in splits or (splits and len(folders) == 1):
+        used = {path.name for path in splits.values()}
+        return splits, [name for name in folders if name not in used]
+    return {"train": root}, []
 
 
-def _read_split(root: Path, classes: list[str]) -> tuple[FileCatalogue, int]:
-    listing, labels, num_other = list_labelled(root, classes)
-    keys = number_repeated([_make_key(os.fsdecode(name)) for name in listing.names])
-    return FileCatalogue(listing, root=root, keys=keys, labels=labels, keep_folders=True), num_other
+def list_labelled(root: Path, folders: Sequence[str]) -> tuple[FoundImages, list[int]]:
+    """The images in class folders, and the position of each one's folder."""
+    whole, labels = FoundImages(), list[int]()
+    for label, folder in enumerate(folders):
+        images = find_images(root, folder)
+        labels += [label] * len(images.names)
+        whole.add(images)
+    return whole, labels
+
+
+def _read_labelled(split: str, root: Path, classes: list[str], notes: list[str]) -> FileCatalogue:
+    found, labels = list_labelled(root, classes)
+    loose = find_images(root, "", deep=False)
+    found.num_other_files += loose.num_other_files
+    found.unreadable += loose.unreadable
+    empty = sorted(set(range(len(classes))) - set(labels))
+    missing = f"; no image of {len(empty)} of them, as of {classes[empty[0]]}" if empty else ""
+    notes.append(f"{split}: {len(labels)} images of {len(classes)} classes in {root}{missing}" + _tell_rest(found))
+    if loose.names:
+        notes.append(
+            f"{split}: {len(loose.names)} images beside the class folders are left out, as "
+            f"{os.fsdecode(loose.names[0])}; --no-labels packs all images without classes"
+        )
+    return _make_catalogue(root, found, labels, notes)
+
+
+def _read_unlabelled(split: str, root: Path, notes: list[str]) -> FileCatalogue:
+    found = find_images(root, "")
+    notes.append(f"{split}: {len(found.names)} images in {root}" + _tell_rest(found))
+    return _make_catalogue(root, found, [NO_LABEL] * len(found.names), notes)
+
+
+def _tell_rest(found: FoundImages) -> str:
+    return "".join(f"; {words}" for words in found.describe_rest())
+
+
+def _make_catalogue(root: Path, found: FoundImages, labels: list[int], notes: list[str]) -> FileCatalogue:
+    names = [os.fsdecode(name) for name in found.names]
+    keys = number_repeated([_make_key(name) for name in names])
+    dotted = [position for position, name in enumerate(names) if "." in os.path.splitext(name)[0]]
+    if dotted:
+        first = dotted[0]
+        notes.append(
+            f"{len(dotted)} names hold further dots, at which WebDataset would end a key; the keys have _ in their "
+            f"place, as {keys[first].decode()} of {names[first]}"
+        )
+    listing = Listing(found.names, found.sizes, None)
+    return FileCatalogue(listing, root=root, keys=keys, labels=labels, keep_folders=True)
 
 
 def _make_key(name: str) -> bytes:
     """`cat/03.jpg` -> `cat_03`, and `n01440764/n01440764_10026.JPEG` -> `n01440764_10026`."""
     path = PurePosixPath(name)
     parts = [*path.parts[:-1], path.stem]
-    if path.stem.startswith(f"{parts[0]}_"):
+    if len(parts) > 1 and path.stem.startswith(f"{parts[0]}_"):
         parts = parts[1:]
     return clean_key("_".join(parts))

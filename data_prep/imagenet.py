@@ -141,8 +141,10 @@ def list_wnid_folders(root: Path) -> LabelledFiles:
     folders = [folder for folder in present if WNID.fullmatch(folder)]
     if not folders:
         raise InputError(f"{root} holds no class folder named like n01440764.")
-    listing, labels, num_other = list_labelled(root, folders)
-    num_ignored = len(present) - len(folders) + num_other
+    found, labels = list_labelled(root, folders)
+    found.require_readable()
+    num_ignored = len(present) - len(folders) + found.num_other_files
+    listing = Listing(found.names, found.sizes, None)
     return LabelledFiles(root, listing, [folders[label] for label in labels], num_ignored=num_ignored)
 
 
@@ -162,7 +164,9 @@ def list_validation(path: Path, kit: DevelopmentKit | None) -> LabelledFiles:
 
 def _list_flat(path: Path) -> Listing:
     if path.is_dir():
-        return find_images(path, "")[0]
+        found = find_images(path, "")
+        found.require_readable()
+        return Listing(found.names, found.sizes, None)
     members = list_members(path)
     if not members or any(member.name.endswith(".tar") for member in members):
         raise InputError(f"{path} is not the archive of the validation images.")

@@ -6,7 +6,7 @@ import csv
 import os
 from pathlib import Path
 
-from data_prep.catalogue import ImageSet
+from data_prep.catalogue import ImageSet, Listing
 from data_prep.devkit import WNID
 from data_prep.errors import InputError
 from data_prep.folders import find_images, list_class_folders
@@ -56,12 +56,13 @@ def _list_kaggle_validation(folder: Path, root: Path) -> LabelledFiles:
             f"the labels of the validation images are missing: there is no LOC_val_solution.csv in {root}."
         )
     wnid_of = _read_solution(solution)
-    listing, _ = find_images(folder, "")
-    stems = [Path(os.fsdecode(name)).stem for name in listing.names]
+    found = find_images(folder, "")
+    found.require_readable()
+    stems = [Path(os.fsdecode(name)).stem for name in found.names]
     unlabelled = next((stem for stem in stems if stem not in wnid_of), None)
     if unlabelled is not None:
         raise InputError(f"{solution} gives no class for {unlabelled}.")
-    return LabelledFiles(folder, listing, [wnid_of[stem] for stem in stems])
+    return LabelledFiles(folder, Listing(found.names, found.sizes, None), [wnid_of[stem] for stem in stems])
 
 
 def _read_solution(path: Path) -> dict[str, str]:

@@ -79,7 +79,7 @@ class PackSummary:
             samples = sum(entry.num_samples for entry in entries)
             megabytes = sum(entry.num_bytes for entry in entries) / 1e6
             lines.append(f"{split}: {samples} samples in {len(entries)} shards, {megabytes:.1f} MB")
-        lines.append(f"classes: {len(self.manifest.classes)}")
+        lines.append(f"classes: {len(self.manifest.classes) or 'none, the samples have no labels'}")
         lines.append(f"took {self.seconds:.1f} s; {self.num_kept} of {len(shards)} shards were there already")
         disguised = sum(entry.num_disguised for entry in shards)
         reencoded = sum(entry.num_reencoded for entry in shards)

@@ -130,10 +130,11 @@ def _key_of(member: Member) -> str:
 
 def _check_sample(sample: StoredSample, num_classes: int) -> str | None:
     images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1 or sample.members.keys() != {images[0], "cls", "json"}:
-        return f"it consists of {sorted(sample.members)} where one image, cls and json belong"
+    others, words = ({"cls", "json"}, ", cls and json") if num_classes else ({"json"}, " and json")
+    if len(images) != 1 or sample.members.keys() != {images[0], *others}:
+        return f"it consists of {sorted(sample.members)} where one image{words} belong"
     try:
-        label = int(read_text(sample, "cls"))
+        label = int(read_text(sample, "cls")) if num_classes else None
         facts = json.loads(read_text(sample, "json"))
         source = sample.members[images[0]]
         check_file_size(source.size)
@@ -142,7 +143,7 @@ def _check_sample(sample: StoredSample, num_classes: int) -> str | None:
         return f"the image does not decode ({error})"
     except ValueError as error:
         return f"its label or description cannot be read ({error})"
-    if not 0 <= label < num_classes:
+    if label is not None and not 0 <= label < num_classes:
         return f"the label {label} is not between 0 and {num_classes - 1}"
     found: dict[str, Any] = {"label": label, "height": image.height, "width": image.width}
     told = {name: facts.get(name) for name in found} if isinstance(facts, dict) else None

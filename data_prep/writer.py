@@ -11,7 +11,7 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.catalogue import ByteRange, Record
+from data_prep.catalogue import NO_LABEL, ByteRange, Record
 from data_prep.errors import OutputError, UndecodableError
 from data_prep.images import StoredImage, check_file_size, prepare_image
 from data_prep.shards import PARTIAL_SUFFIX, ShardEntry, file_sha256, sync_folder
@@ -141,9 +141,12 @@ def _is_disguised(filename: str, extension: str) -> bool:
 
 def _sample(record: Record, image: StoredImage) -> dict[str, Any]:
     facts = {"filename": record.filename, "label": record.label, "height": image.height, "width": image.width}
+    if record.label == NO_LABEL:
+        del facts["label"]
+    label = {} if record.label == NO_LABEL else {"cls": str(record.label).encode("ascii")}
     return {
         "__key__": record.key,
         image.extension: image.data,
-        "cls": str(record.label).encode("ascii"),
+        **label,
         "json": json.dumps(facts).encode("ascii"),
     }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import packing
 from data_prep.__main__ import main
 from data_prep.drawing import CLASSES, draw_image_set
 from data_prep.folders import read_folder
@@ -102,6 +103,10 @@ def test_odd_names_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(line["reason"] and line["split"] == "train" for line in skipped)
     assert "left out because they do not decode: 2" in said
     assert "1 other files" in said
+    assert "1 files or folders cannot be read" in said
+    assert "a link to a folder that was read already" in said
+    assert "1 names hold further dots" in said
+    assert "cat_a_b of cat/a.b.jpg" in said
     assert "their extension tells another format: 1" in said
     assert json.loads((out / "_info.json").read_text())["splits"]["train"]["num_samples"] == 7
     assert main(["verify", str(out), "--workers", "1"]) == 0
@@ -132,12 +137,12 @@ def test_a_split_without_one_good_image_is_an_error(tmp_path: Path, capsys: pyte
 
 
 def test_layouts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "flat" / "1.jpg", jpeg())
+    (tmp_path / "flat").mkdir()
     write(tmp_path / "unknown" / "train" / "cat" / "1.jpg", jpeg())
     write(tmp_path / "unknown" / "val" / "dog" / "1.jpg", jpeg())
     write(tmp_path / "hollow" / "cat" / "notes.txt", b"text")
     for tree, words in (
-        ("flat", "no class folders"),
+        ("flat", "no image in the train split"),
         ("unknown", "the class dog"),
         ("hollow", "no image in the train split"),
         ("missing", "No such file"),
@@ -145,6 +150,64 @@ def test_layouts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert main(["folder", str(tmp_path / tree), "--out", str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "splits"),
+    [
+        (["1.jpg", "b.c.jpg"], (), {"train": 2}),
+        (["2023/a/1.jpg", "2024/1.jpg", "1.jpg"], ("--no-labels",), {"train": 3}),
+        (["train/1.jpg", "val/1.jpg"], (), {"train": 1, "validation": 1}),
+        (["train/1.jpg", "train/deep/1.jpg", "other/1.jpg"], ("--no-labels",), {"train": 2}),
+    ],
+)
+def test_images_without_labels(
+    tmp_path: Path,
+    files: list[str],
+    options: tuple[str, ...],
+    splits: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number, name in enumerate(files):
+        write(tmp_path / "tree" / name, jpeg(number))
+    out = pack(tmp_path / "tree", tmp_path / "out", *options)
+    assert "for pre-training, not for k-NN or fine-tuning" in capsys.readouterr().out
+    for split, count in splits.items():
+        samples = read(out, split)
+        assert len(samples) == count
+        assert all("cls" not in sample and "label" not in json.loads(sample["json"]) for sample in samples.values())
+    assert {
+        split: part["num_samples"] for split, part in json.loads((out / "_info.json").read_text())["splits"].items()
+    } == splits
+    assert main(["verify", str(out), "--workers", "1"]) == 0
+    assert main(["describe", str(out), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "without labels" in said
+    assert "data.mean=[" in said
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tmp_path / "tree"
+    for name in ("train/cat/1.jpg", "train/dog/1.jpg", "train/loose.jpg", "val/cat/1.jpg"):
+        write(tree / name, jpeg())
+    (tree / "train" / "round").symlink_to(tree / "train" / "round")
+    (tree / "train" / "cat" / "nowhere.jpg").symlink_to(tree / "gone.jpg")
+    pack(tree, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "train: 1 images beside the class folders are left out, as loose.jpg; --no-labels packs" in said
+    assert "validation: 1 images of 2 classes" in said
+    assert "no image of 1 of them, as of dog" in said
+    assert "2 files or folders cannot be read" in said
+
+
+def test_a_file_that_goes_away_is_left_out(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        write(tmp_path / "tree" / name, jpeg())
+    images = read_folder(tmp_path / "tree")
+    (tmp_path / "tree" / "2.jpg").unlink()
+    packing.pack(images, tmp_path / "out", settings=packing.PackSettings(dataset="photos"), workers=1)
+    assert len(read(tmp_path / "out", "train")) == 1
+    assert "No such file" in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
 def test_demo_is_the_same_every_time_and_balanced(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from data_prep.errors import UndecodableError
-from data_prep.images import MAX_FILE_BYTES, check_file_size, prepare_image
+from data_prep.images import MAX_FILE_BYTES, MAX_PIXELS, check_file_size, measure_colours, prepare_image
+from vitfreeze.data.decoding import MAX_IMAGE_PIXELS, decode_image
+from vitfreeze.data.errors import BadSampleError
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (60, 40)) -> Image.Image:
@@ -56,6 +58,36 @@ def test_formats_that_readers_do_not_expect_become_png(kind: str) -> None:
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
+def sixteen_bits() -> np.ndarray:
+    return np.linspace(0, 65535, 48, dtype=np.uint16).reshape(6, 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_alike_by_packer_and_loader(kind: str) -> None:
+    """Pillow alone turns all that is brighter than 255 of 65535 white."""
+    data = encode(Image.fromarray(sixteen_bits()), kind)
+    stored = prepare_image(data)
+    pixels = np.asarray(Image.open(io.BytesIO(stored.data)))
+    assert (stored.extension, stored.reencoded) == ("png", True)
+    np.testing.assert_array_equal(pixels, np.round(sixteen_bits() / 257))
+    if kind == "PNG":  # the only one of these that a shard may hold
+        np.testing.assert_array_equal(decode_image(data).pixels[..., 0], pixels)
+    assert measure_colours(data)[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_depths_without_black_and_white_are_refused_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.fromarray(np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)), "TIFF")
+    with pytest.raises(UndecodableError, match="floats"):
+        prepare_image(data)
+    monkeypatch.setattr("vitfreeze.data.decoding._PILLOW_FORMATS", ("TIFF",))
+    with pytest.raises(BadSampleError, match="floats"):
+        decode_image(data)
+
+
+def test_packer_and_loader_have_one_limit_of_pixels() -> None:
+    assert MAX_PIXELS == MAX_IMAGE_PIXELS
+
+
 def test_broken_exif_survives() -> None:
     data = encode(picture(), "JPEG")
     block = b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xffgarbage"
@@ -78,7 +110,7 @@ def test_shrinking(mode: str) -> None:
     stored = prepare_image(encode(image, "JPEG" if mode in ("RGB", "L", "CMYK") else "PNG"), resize_shorter=20)
     shrunk = Image.open(io.BytesIO(stored.data))
     assert (shrunk.format, shrunk.size) == ("JPEG", (30, 20))
-    assert shrunk.mode == ("L" if mode == "L" else "RGB")
+    assert shrunk.mode == ("L" if mode in ("L", "I;16") else "RGB")
 
 
 def test_small_images_are_not_enlarged() -> None:

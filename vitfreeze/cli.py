@@ -285,7 +285,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="between nodes, to predict communication")
     parser.add_argument("--tflops", type=float, help="what one GPU sustains; default: the authors' V100")
     parser.add_argument("--bench", metavar="FILE", help="what `bench step --json` printed: predict for that machine")
-    parser.add_argument("--images", type=int, help="training images; default: ImageNet-1K")
+    parser.add_argument("--images", type=int, help="training images; default: data.train's, or ImageNet-1K's")
     _add_json(parser)
 
 
@@ -298,10 +298,10 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.compare and parsed.target_saving is not None:
         raise ValueError("--compare and --target-saving exclude each other: a target is found for one recipe")
     times = planner.read_step_times(Path(parsed.bench)) if parsed.bench else None
-    counts = _given(images_per_epoch=parsed.images)
     # After --compare A B, what stands in the place of the recipe is the first override.
     overrides = [parsed.recipe, *parsed.overrides] if parsed.compare and parsed.recipe else parsed.overrides
     configs = [load_config(recipe, overrides) for recipe in parsed.compare or [parsed.recipe]]
+    counts = _given(images_per_epoch=parsed.images or _count_images(configs[0]))
     if parsed.target_saving is not None:
         targets = planner.solve_targets(configs[0], target_saving=parsed.target_saving, times=times, **counts)
         as_text = planner.format_targets(targets, target_saving=parsed.target_saving)
@@ -316,6 +316,18 @@ def _plan(parsed: argparse.Namespace) -> int:
     if len(plans) == 1:
         return _print_result(plans[0], planner.format_plan(plans[0]), as_json=parsed.json)
     return _print_result(plans, planner.format_plans_side_by_side(*plans), as_json=parsed.json)
+
+
+def _count_images(config: Config) -> int | None:
+    """Return the number of training images, where that can be known; a recipe without data is planned without torch."""
+    if not config.data.train:
+        return None
+    from vitfreeze.data import count_training_images
+
+    images = count_training_images(config)
+    if images is None:
+        logging.warning("nothing here says how many images data.train holds: planned for ImageNet-1K's; give --images")
+    return images
 
 
 def _add_plot(commands: Commands) -> None:

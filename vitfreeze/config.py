@@ -18,12 +18,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize, cell_sizes, tap_blocks
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 COMMAND_LINE = "the command line"
 Origins = Mapping[str, str]
@@ -44,6 +45,13 @@ class ArgumentError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.name} is {self.value!r}, expected {self.allowed}"
+
+
+class Colours(NamedTuple):
+    """Mean and deviation of R, G and B that images are normalised by, as shares of white; by default ImageNet's."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ _SCALE_WEIGHTS = "four numbers >= 0, not all 0, or such lists behind rising shar
 _NOUNS = {
     "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Duration": "a duration",
     "tuple[str, ...]": "a text or a list of texts", "tuple[float, float]": "two numbers",
+    "tuple[float, float, float]": "three numbers",
 }  # fmt: skip
 
 
@@ -178,7 +187,10 @@ class ModelConfig:
     activation_checkpointing: bool = option(False, "recompute active blocks to save memory", may_change=True)
     compile: bool = option(False, "torch.compile each block", may_change=True)
     init_from: str = option(
-        "", "first weights: a run, an export, LocalMIM's or MAE's .pth, timm:NAME", may_change=True, is_path=True
+        "",
+        "first weights: a run, an export, LocalMIM's, MAE's or DINO's .pth, timm:NAME",
+        may_change=True,
+        is_path=True,
     )
 
     def resolve(self) -> ModelSize:
@@ -200,6 +212,10 @@ class DataConfig:
     crop_scale: tuple[float, float] = option(
         (0.2, 1.0), "area of the random crop as a share of the image", Range(0, 1, open_low=True, rising=True)
     )
+    mean: tuple[float, float, float] = option(
+        IMAGENET_MEAN, "what is taken from R, G and B, as shares of white; `vitfreeze-data describe` measures it", SHARE
+    )
+    std: tuple[float, float, float] = option(IMAGENET_STD, "what R, G and B are then divided by", SHARE_ABOVE_0)
     max_bad_fraction: float = option(0.001, "share of samples that may fail to decode before the run ends", SHARE)
     allow_pipe: bool = option(
         False, "allow 'pipe:' shards, which run a shell command; on the command line only, of every call",
@@ -209,6 +225,11 @@ class DataConfig:
         "", "folder for fetched remote shards; default: the user's cache", may_change=True, is_path=True
     )
     cache_gigabytes: float = option(200.0, "size at which the oldest fetched shards go", ABOVE_0, may_change=True)
+
+    @property
+    def colours(self) -> Colours:
+        """What images are normalised by."""
+        return Colours(self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -777,7 +798,7 @@ def _convert(value: Any, hint: Any, *, key: str) -> Any:
         kind, *others = typing.get_args(hint)
         converted = tuple(_convert(item, kind, key=key) for item in items if item != "")
         if others != [...] and len(converted) != 1 + len(others):
-            raise ValueError("two numbers")
+            raise ValueError(_NOUNS[f"tuple[{', '.join(['float'] * (1 + len(others)))}]"])
         return converted
     if hint is Duration:
         return Duration.parse(value)

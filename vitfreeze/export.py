@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vitfreeze import __version__
 from vitfreeze.architecture import ModelSize
-from vitfreeze.data import IMAGENET_MEAN, IMAGENET_STD
 from vitfreeze.data.augmentation import CROP_PCT
 from vitfreeze.files import read_json_lines, replacing
 from vitfreeze.model import averaged_weights, to_timm
@@ -73,14 +72,17 @@ def export_run(location: str | Path, *, to: str, out: str | Path | None = None) 
     folder = target if to in ("timm", "hf") else target.parent
     folder.mkdir(parents=True, exist_ok=True)
     weights = _exported_weights(pretrained)
-    metadata = {"format": "pt", "model_size": json.dumps(asdict(pretrained.size)), "origin": pretrained.origin}
+    metadata = {
+        "format": "pt", "model_size": json.dumps(asdict(pretrained.size)), "origin": pretrained.origin,
+        "colours": json.dumps(pretrained.colours),
+    }  # fmt: skip
     if to == "timm":
         _save_atomically(weights, target / "model.safetensors", metadata=metadata)
         _write_json(target / "config.json", timm_config(pretrained))
     elif to == "hf":
         _save_atomically(to_hugging_face(weights), target / "model.safetensors", metadata=metadata)
         _write_json(target / "config.json", hugging_face_config(pretrained))
-        _write_json(target / "preprocessor_config.json", _hugging_face_preprocessing(pretrained.img_size))
+        _write_json(target / "preprocessor_config.json", _hugging_face_preprocessing(pretrained))
     elif to == "safetensors":
         _save_atomically(weights, target, metadata=metadata)
     else:
@@ -125,8 +127,8 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": CROP_PCT,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            "mean": list(pretrained.colours.mean),
+            "std": list(pretrained.colours.std),
             "num_classes": pretrained.num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -178,8 +180,8 @@ def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
         "",
         f"Images: {pretrained.img_size} x {pretrained.img_size} pixels (shorter side resized bicubically to "
         f"{round(pretrained.img_size / CROP_PCT)}, central crop), RGB from 0 to 1, less the mean "
-        f"{list(IMAGENET_MEAN)}, divided by {list(IMAGENET_STD)}. Features: the mean of the patch tokens, without the "
-        "class token.",
+        f"{list(pretrained.colours.mean)}, divided by {list(pretrained.colours.std)}. "
+        "Features: the mean of the patch tokens, without the class token.",
         "",
         "## Training",
         "",
@@ -300,7 +302,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _hugging_face_preprocessing(img_size: int) -> dict[str, Any]:
+def _hugging_face_preprocessing(pretrained: Pretrained) -> dict[str, Any]:
+    img_size = pretrained.img_size
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -309,6 +312,6 @@ def _hugging_face_preprocessing(img_size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": list(pretrained.colours.mean),
+        "image_std": list(pretrained.colours.std),
     }

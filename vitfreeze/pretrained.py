@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
 from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
-from vitfreeze.config import Config
+from vitfreeze.config import Colours, Config
+from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
 
 TIMM_PREFIX = "timm:"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_WORDS_FOR_WEIGHTS = ("model", "state_dict", "teacher", "student")
 HALF = ("bfloat16", "float16")
 LAST_NORM = f"heads.{len(HEAD_SCALES) - 1}.norm."
 # Bookkeeping of a HOG target or of a decoder's positions; a model makes its own.
@@ -41,6 +44,7 @@ class Pretrained:
         location: the run folder, file or name that was given.
         checkpoint: ours, if it is one of ours.
         config: the settings of our run.
+        colours: what the images that they were trained on were normalised by; ImageNet's, if nothing says so.
         rounded: dtype of each tensor that its source held in half precision, by name.
     """
 
@@ -51,6 +55,7 @@ class Pretrained:
     location: str
     checkpoint: Checkpoint | None = None
     config: Config | None = None
+    colours: Colours = IMAGENET
     rounded: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -78,9 +83,9 @@ def read_pretrained(location: str | Path) -> Pretrained:
     """Read weights from wherever they are.
 
     Args:
-        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM or MAE, a
-            .safetensors file that `vitfreeze export` or timm wrote, or 'timm:' with the name of a model that timm
-            fetches from its hub. Nothing is unpickled but tensors, plain containers and the arguments beside them.
+        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM, MAE or
+            DINO, a .safetensors file that `vitfreeze export` or timm wrote, or 'timm:' with the name of a model that
+            timm fetches from its hub. Nothing is unpickled but tensors, plain containers and the arguments beside them.
 
     Raises:
         ValueError: nothing there can be used; the message says what was found and what is allowed.
@@ -173,6 +178,7 @@ def _read_run(path: Path) -> Pretrained:
         location=str(path),
         checkpoint=checkpoint,
         config=config,
+        colours=config.data.colours,
         rounded=rounded,
     )
 
@@ -185,7 +191,10 @@ def _read_safetensors(path: Path) -> Pretrained:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from None
     size = ModelSize(**json.loads(metadata["model_size"])) if "model_size" in metadata else None
-    return _from_tensors(source, path=path, size=size, origin=metadata.get("origin", f"the weights in {path}"))
+    colours = _read_colours(*json.loads(metadata["colours"])) if "colours" in metadata else IMAGENET
+    return _from_tensors(
+        source, path=path, size=size, colours=colours, origin=metadata.get("origin", f"the weights in {path}")
+    )
 
 
 def _read_torch(path: Path) -> Pretrained:
@@ -204,7 +213,20 @@ def _read_torch(path: Path) -> Pretrained:
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise ValueError(f"{path} holds a {kind}, expected the weights, or a dict with them as 'model'")
-    return _from_tensors(content.get("model", content), path=path, size=None, origin=f"the weights in {path}")
+    return _from_tensors(_find_weights(content), path=path, size=None, origin=f"the weights in {path}")
+
+
+def _find_weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the weights of a checkpoint by the encoder's own names.
+
+    They may lie under a word, as in MAE's and timm's files (`model`, `state_dict`) or in those of DINO and iBOT
+    (`teacher`, `student`), and their names may begin with those of the modules around them.
+    """
+    inner = next((content[word] for word in _WORDS_FOR_WEIGHTS if isinstance(content.get(word), Mapping)), content)
+    names = {name: re.sub(r"^(module\.)?(_orig_mod\.)?", "", name) for name in inner}
+    if any(name.startswith("backbone.") for name in names.values()):  # the others are the projection head's
+        return {new[9:]: inner[old] for old, new in names.items() if new.startswith("backbone.")}
+    return {new: inner[old] for old, new in names.items()}
 
 
 def _read_timm(text: str) -> Pretrained:
@@ -217,7 +239,14 @@ def _read_timm(text: str) -> Pretrained:
     return _from_tensors(
         model.state_dict(), path=Path(name), size=None, origin=f"timm's model {name}", location=text,
         num_heads=cast(Block, model.blocks[0]).attn.num_heads,
+        colours=_read_colours(model.pretrained_cfg["mean"], model.pretrained_cfg["std"]),
     )  # fmt: skip
+
+
+def _read_colours(mean: Sequence[float], std: Sequence[float]) -> Colours:
+    """Check that there are three of each; raises ValueError."""
+    (r, g, b), (r_std, g_std, b_std) = mean, std
+    return Colours((r, g, b), (r_std, g_std, b_std))
 
 
 def _from_tensors(
@@ -228,6 +257,7 @@ def _from_tensors(
     origin: str,
     location: str | None = None,
     num_heads: int | None = None,
+    colours: Colours = IMAGENET,
 ) -> Pretrained:
     """Recognise whose names these are, and the sizes behind them."""
     wrong = next((name for name, value in source.items() if not isinstance(value, Tensor)), None)
@@ -257,6 +287,7 @@ def _from_tensors(
         img_size=grid * size.patch_size,
         origin=f"{origin} ({whose})",
         location=location or str(path),
+        colours=colours,
         rounded=rounded,
     )
 

@@ -1,17 +1,15 @@
 """Shards -> decoded, augmented batches, in an order that is a function of (seed, epoch)."""
 
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop
-from vitfreeze.data.build import build_train_loader, check_labels, open_split
+from vitfreeze.data.build import build_train_loader, check_labels, count_training_images, open_split
 from vitfreeze.data.epoch_report import merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
-from vitfreeze.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
+from vitfreeze.data.normalization import normalize
 from vitfreeze.data.order import EpochOrder
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "BadSampleError",
     "Batch",
     "BatchMixing",
@@ -25,6 +23,7 @@ __all__ = [
     "TrainLoader",
     "build_train_loader",
     "check_labels",
+    "count_training_images",
     "merge_reports",
     "normalize",
     "open_split",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from vitfreeze.config import Config, derive_accumulation
 from vitfreeze.data.addresses import is_remote
 from vitfreeze.data.augmentation import Transform
+from vitfreeze.data.errors import ShardError
 from vitfreeze.data.loading import EvalLoader, ReadOptions, TrainLoader
+from vitfreeze.data.shards import find_shards
 
 EVAL_BATCH_SIZE = 64
 
@@ -72,6 +74,21 @@ def open_split(
         world_size=world_size,
         options=_read_options(config, num_classes=num_classes),
     )
+
+
+def count_training_images(config: Config) -> int | None:
+    """Return how many images the training shards hold by what lies beside them on this machine; None if nothing says.
+
+    No shard is opened and nothing is fetched.
+    """
+    if not config.data.train or any(is_remote(name) for name in config.data.train):
+        return None
+    try:
+        lengths = find_shards(config.data.train, split="train").lengths
+    except ShardError:
+        return None
+    known = [length for length in lengths if length is not None]
+    return sum(known) if len(known) == len(lengths) else None
 
 
 def check_labels(config: Config, key: str, loader: TrainLoader | EvalLoader) -> None:

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from vitfreeze.data.errors import BadSampleError
 
-# Pillow's own limit against decompression bombs; the largest photograph in ImageNet has 62 million pixels.
+# Pillow's own limit against decompression bombs, and data_prep's; the largest photograph in ImageNet has 62
+# million pixels.
 MAX_IMAGE_PIXELS = 89_478_485
 
 # Nothing but these: some of Pillow's other readers start programs or follow file names.
@@ -64,13 +65,22 @@ def _decode_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
             warnings.simplefilter("ignore")  # broken metadata, which nobody here reads; sizes, which are checked below
             with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
                 _check_pixels(image.height, image.width, max_image_pixels)
-                return np.array(image.convert("RGB"))
+                return np.array(_to_eight_bits(image).convert("RGB"))
     except BadSampleError:
         raise
     # Pillow raises nearly anything on broken input: OSError, SyntaxError, struct.error, ValueError, EOFError ...
     except Exception as error:
         reason = str(error).split("<_io")[0].strip() or type(error).__name__  # less the address of the buffer
         raise BadSampleError(f"not a readable image ({reason})") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits of grey to 8, which Pillow would clip to white; raises BadSampleError for deeper pixels."""
+    if image.mode in ("F", "I"):
+        raise BadSampleError("its pixels are floats or 32-bit integers, which have no agreed black and white")
+    if image.mode[0] != "I":
+        return image
+    return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
 
 
 def _check_pixels(height: int, width: int, max_image_pixels: int) -> None:

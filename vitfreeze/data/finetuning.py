@@ -26,8 +26,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip
 
-from vitfreeze.config import FinetuneConfig, RunConfig, check_argument
-from vitfreeze.data.normalization import IMAGENET_MEAN, normalize
+from vitfreeze.config import Colours, FinetuneConfig, RunConfig, check_argument
+from vitfreeze.data.normalization import IMAGENET, normalize
 from vitfreeze.data.order import SampleRandom
 
 
@@ -63,11 +63,11 @@ class _Posterizing:
             return Image.new(image.mode, image.size)
 
 
-def _make_policy(auto_augment: str, img_size: int) -> Callable[[Image.Image], Image.Image]:
+def _make_policy(auto_augment: str, img_size: int, colours: Colours) -> Callable[[Image.Image], Image.Image]:
     """Return a policy with the constants that timm's own training gives it."""
     constants = {
         "translate_const": int(img_size * 0.45),
-        "img_mean": tuple(round(255 * mean) for mean in IMAGENET_MEAN),
+        "img_mean": tuple(round(255 * mean) for mean in colours.mean),
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
@@ -91,6 +91,7 @@ class FinetuneTransform:
         ratio: least and greatest width / height.
         hflip: probability of mirroring.
         auto_augment: timm's policy string; '' for none.
+        colours: of the data; the policy fills with their mean.
 
     Raises:
         ValueError: timm does not know the policy.
@@ -104,6 +105,7 @@ class FinetuneTransform:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip: float = 0.5,
         auto_augment: str = FinetuneConfig.aa,
+        colours: Colours = IMAGENET,
     ) -> None:
         self.img_size = img_size
         self._transforms: list[Callable[[Image.Image], Image.Image]] = [
@@ -111,7 +113,7 @@ class FinetuneTransform:
             RandomHorizontalFlip(hflip),
         ]
         if auto_augment:
-            self._transforms.append(_make_policy(auto_augment, img_size))
+            self._transforms.append(_make_policy(auto_augment, img_size, colours))
 
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         """Write the augmented image into `out`, (3, H, W) uint8."""
@@ -132,6 +134,7 @@ class BatchMixing:
         smoothing: label smoothing.
         reprob: probability of erasing a rectangle of an image with noise; 0 for none (Zhong et al. 2020).
         seed: decides, with step and rank, every draw.
+        colours: what images are normalised by.
     """
 
     def __init__(
@@ -143,9 +146,11 @@ class BatchMixing:
         smoothing: float = FinetuneConfig.smoothing,
         reprob: float = FinetuneConfig.reprob,
         seed: int = RunConfig.seed,
+        colours: Colours = IMAGENET,
     ) -> None:
         check_argument("finetune.num_classes", num_classes)
         self.num_classes, self.smoothing, self.reprob, self.seed = num_classes, smoothing, reprob, seed
+        self.colours = colours
         self._mixup = None
         if mixup or cutmix:
             self._mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
@@ -170,7 +175,7 @@ class BatchMixing:
         """
         if self._mixup is not None and len(images) % 2:
             raise ValueError(f"mixup and cutmix pair the images of a micro-batch; {len(images)} is odd")
-        floats = normalize(images)
+        floats = normalize(images, colours=self.colours)
         devices = [images.device] if images.device.type == "cuda" else []
         with _seeded([self.seed, step, rank, number], devices=devices):
             if self.reprob:

@@ -7,18 +7,20 @@ import functools
 import torch
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from vitfreeze.config import Colours
+
+IMAGENET = Colours()
 
 
-def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn uint8 images into normalised ones by ImageNet's mean and deviation, on the device they are on.
+def normalize(images: Tensor, dtype: torch.dtype = torch.float32, *, colours: Colours = IMAGENET) -> Tensor:
+    """Turn uint8 images into normalised ones, on the device they are on.
 
     Computed in float32 whatever the result's type.
 
     Args:
         images: (B, 3, H, W) uint8.
         dtype: type of the result.
+        colours: mean and deviation; by default ImageNet's.
 
     Returns:
         (B, 3, H, W) of `dtype`.
@@ -28,13 +30,13 @@ def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"normalize takes uint8 images, not {images.dtype}")
-    scale, shift = _affine(images.device)
+    scale, shift = _affine(images.device, colours)
     return torch.addcmul(shift, images.float(), scale).to(dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _affine(device: torch.device) -> tuple[Tensor, Tensor]:
+def _affine(device: torch.device, colours: Colours) -> tuple[Tensor, Tensor]:
     """Return x -> (x / 255 - mean) / std as one factor and one summand; kept, as copying them would halt the device."""
-    mean_C, std_C = (torch.tensor(channels, dtype=torch.float64) for channels in (IMAGENET_MEAN, IMAGENET_STD))
+    mean_C, std_C = (torch.tensor(channels, dtype=torch.float64) for channels in colours)
     scale, shift = 1 / (255 * std_C), -mean_C / std_C
     return scale.float().view(1, 3, 1, 1).to(device), shift.float().view(1, 3, 1, 1).to(device)

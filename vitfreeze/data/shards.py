@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 _BLOCK = 512
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 _INDEX_ARRAYS = ("offsets", "sizes", "labels")
 _LONGEST_LABEL = 32  # bytes; a class index needs fewer
 
@@ -68,6 +68,7 @@ class _Draft:
     key: str
     images: list[tuple[int, int]] = field(default_factory=list)
     labels: list[bytes] = field(default_factory=list)
+    dotted: str = ""  # a member that would be an image, had its name one dot only
 
 
 def index_shard(file: BinaryIO, *, name: str) -> ShardIndex:
@@ -95,6 +96,8 @@ def index_shard(file: BinaryIO, *, name: str) -> ShardIndex:
                 drafts.append(_Draft(key))
             if extension in IMAGE_EXTENSIONS:
                 drafts[-1].images.append((member.offset_data, member.size))
+            elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                drafts[-1].dotted = member.name
             elif extension == LABEL_EXTENSION:
                 drafts[-1].labels.append(os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset_data))
     except tarfile.TarError:
@@ -131,6 +134,8 @@ def _find_defect(draft: _Draft, seen: set[str], file_size: int) -> str:
     if draft.key in seen:
         return "its key occurs twice in the shard"
     if not draft.images:
+        if draft.dotted:
+            return f"its image {draft.dotted} has a dot before the extension, where WebDataset ends a key"
         return "it has no image"
     if len(draft.images) > 1:
         return f"it has {len(draft.images)} images"

@@ -96,7 +96,10 @@ def show_images(location: str, paths: Sequence[Path], *, blocks: Sequence[int] =
     model = build_encoder(pretrained)
     frozen_layers = pretrained.checkpoint.frozen_layers if pretrained.checkpoint else 0
     images = read_images(paths, img_size=model.img_size)
-    panels = make_panels(model, images, frozen_layers=frozen_layers, blocks=tuple(blocks), seed=seed)
+    panels = make_panels(
+        model, images, frozen_layers=frozen_layers, blocks=tuple(blocks), seed=seed,
+        colours=pretrained.colours,
+    )  # fmt: skip
     return save_figure(draw_figure(panels, title=pretrained.origin), out)
 
 
@@ -116,7 +119,12 @@ def _extract_splits(location: str, data: EvaluationData, *, ranks: Ranks) -> Ite
         logger.info("features of %d %s images of %s", loader.num_samples, split, pretrained.origin)
         found.append(
             extract_block_features(
-                model, loader, blocks=tuple(sorted(set(blocks))), global_pool=data.global_pool, limit=data.limit
+                model,
+                loader,
+                blocks=tuple(sorted(set(blocks))),
+                global_pool=data.global_pool,
+                limit=data.limit,
+                colours=pretrained.colours,
             )
         )
     train, test = found

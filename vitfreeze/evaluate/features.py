@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vitfreeze.config import FinetuneConfig, check_argument
+from vitfreeze.config import Colours, FinetuneConfig, check_argument
 from vitfreeze.data import Batch, normalize
+from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.model import LocalMIM
 from vitfreeze.ranks import Ranks
 
@@ -34,6 +35,7 @@ def extract_features(
     block: int | None = None,
     global_pool: str = FinetuneConfig.global_pool,
     limit: int | None = None,
+    colours: Colours = IMAGENET,
 ) -> Features:
     """Return the features of every image after one block, the last by default.
 
@@ -41,7 +43,7 @@ def extract_features(
     """
     chosen = model.depth if block is None else block
     return extract_block_features(
-        model, batches, blocks=(chosen,), global_pool=global_pool, limit=limit
+        model, batches, blocks=(chosen,), global_pool=global_pool, limit=limit, colours=colours
     )[chosen]  # fmt: skip
 
 
@@ -53,6 +55,7 @@ def extract_block_features(
     blocks: Sequence[int],
     global_pool: str = FinetuneConfig.global_pool,
     limit: int | None = None,
+    colours: Colours = IMAGENET,
 ) -> dict[int, Features]:
     """Return the features of every image after each of the given blocks, in one pass over the images.
 
@@ -66,6 +69,7 @@ def extract_block_features(
         blocks: 1-based numbers of blocks, in rising order.
         global_pool: "avg", the mean of the patches, or "token", the class token (timm's words).
         limit: stop after this many images.
+        colours: what images are normalised by.
 
     Returns:
         By block, the features of the images in their order. Under several ranks, those of this rank's images.
@@ -82,7 +86,7 @@ def extract_block_features(
     seen = 0
     for batch in batches:
         wanted = len(batch.images) if limit is None else min(len(batch.images), limit - seen)
-        images = normalize(batch.images[:wanted].to(device, non_blocking=True))
+        images = normalize(batch.images[:wanted].to(device, non_blocking=True), colours=colours)
         for block, pooled in zip(blocks, functional_call(encoder, weights, (images,)), strict=True):
             rows[block].append(pooled.float().cpu())
         labels.append(_check_labels(batch, wanted))

@@ -82,4 +82,4 @@ class Probe:
                 if sum(len(batch.images) for batch in kept) >= wanted:
                     break
             self._images[split], self._limit[split] = kept, wanted
-        return extract_features(model, self._images[split], limit=self._limit[split])
+        return extract_features(model, self._images[split], limit=self._limit[split], colours=self.config.data.colours)

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES
+from vitfreeze.config import Colours
 from vitfreeze.data import CenterCrop, normalize
 from vitfreeze.data.decoding import decode_image
+from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.data.order import SampleRandom
 from vitfreeze.model.local_mim import HeadPrediction, LocalMIM
 
@@ -36,8 +38,9 @@ class Panel(NamedTuple):
 
 @torch.no_grad()
 def make_panels(
-    model: LocalMIM, images: Tensor, *, frozen_layers: int = 0, blocks: Sequence[int] = (), seed: int = 0
-) -> list[Panel]:
+    model: LocalMIM, images: Tensor, *, frozen_layers: int = 0, blocks: Sequence[int] = (), seed: int = 0,
+    colours: Colours = IMAGENET,
+) -> list[Panel]:  # fmt: skip
     """Return the columns: input, masked input, target and prediction at each living scale, attention per block.
 
     Args:
@@ -46,11 +49,12 @@ def make_panels(
         frozen_layers: length of the frozen prefix; heads on it are gone.
         blocks: 1-based blocks whose class token's attention is shown; the last by default.
         seed: of the masks.
+        colours: what images are normalised by.
 
     Raises:
         ValueError: images of another size, or a block that does not exist.
     """
-    inputs = normalize(images)
+    inputs = normalize(images, colours=colours)
     noise = torch.rand(len(images), model.num_patches, generator=torch.Generator().manual_seed(seed)).to(images.device)
     heads = model.predict(inputs, noise=noise, frozen_layers=frozen_layers)
     pixels = images.permute(0, 2, 3, 1).float().cpu() / 255

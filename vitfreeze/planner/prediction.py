@@ -206,7 +206,8 @@ class _Planner:
             saving=saving, flops_saving=_saved_share(stages, lambda stage: stage.flops_per_image),
             peak_memory_bytes=max(stage.memory_bytes for stage in stages),
             communication_saving=_saved_share(stages, lambda s: s.communication_bytes_per_step) if spread else None,
-            bandwidth_gigabytes=self.bandwidth_gigabytes, authors=describe_authors(self.config), notes=self.notes(),
+            bandwidth_gigabytes=self.bandwidth_gigabytes, notes=self.notes(),
+            authors=describe_authors(self.config) if images_per_epoch == IMAGENET_TRAIN_IMAGES else "",
         )  # fmt: skip
 
     def stages(self, steps_per_epoch: int) -> tuple[Stage, ...]:

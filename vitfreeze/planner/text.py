@@ -23,7 +23,8 @@ def _format_settings(plan: Plan) -> str:
         [
             f"{plan.recipe}: {plan.model}, freezing: {plan.freezing}",
             f"{plan.total_steps:,} steps ({plan.warmup_steps:,} of warm-up) of {plan.global_batch} images, "
-            f"{plan.steps_per_epoch:,} an epoch; {ranks}, micro-batch {plan.micro_batch} x {plan.accumulation}",
+            f"{plan.steps_per_epoch:,} an epoch of {plan.images_per_epoch:,}; {ranks}, "
+            f"micro-batch {plan.micro_batch} x {plan.accumulation}",
             f"ZeRO stage {machine.zero_stage}, {machine.precision} ({machine.source}): optimizer state "
             f"{machine.state_bytes_per_parameter} bytes a parameter, {_explain_state(plan)}",
         ]

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from vitfreeze.config import Config, FinetuneConfig, choose_task
+from vitfreeze.config import Colours, Config, FinetuneConfig, choose_task
 from vitfreeze.data import Batch, TrainLoader, normalize, open_split
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
+from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.export import export_run
 from vitfreeze.files import read_json_lines
@@ -85,6 +86,7 @@ class Finetuning:
             smoothing=settings.smoothing,
             reprob=settings.reprob,
             seed=config.run.seed,
+            colours=config.data.colours,
         )
 
     def check_data(self, loader: TrainLoader) -> None:
@@ -95,7 +97,10 @@ class Finetuning:
         config = self.config
         try:
             return FinetuneTransform(
-                img_size=config.model.img_size, scale=config.data.crop_scale, auto_augment=config.finetune.aa
+                img_size=config.model.img_size,
+                scale=config.data.crop_scale,
+                auto_augment=config.finetune.aa,
+                colours=config.data.colours,
             )
         except ValueError as error:
             raise config.error("finetune.aa", f"a policy of timm, such as {FinetuneConfig.aa} ({error})") from None
@@ -150,7 +155,7 @@ class Finetuning:
         loader = open_split(
             self.config, "validation", rank=engine.rank, world_size=engine.world_size, num_classes=self.num_classes
         )
-        figures = measure_accuracy(model, loader, ranks=engine.ranks)
+        figures = measure_accuracy(model, loader, ranks=engine.ranks, colours=self.config.data.colours)
         logger.info(
             "top-1 %.2f %%, top-5 %.2f %% of %d validation images",
             100 * figures["top1"], 100 * figures["top5"], figures["images"],
@@ -189,13 +194,16 @@ def fit_positions(weights: Mapping[str, Tensor], *, model: Classifier) -> dict[s
 
 
 @torch.no_grad()
-def measure_accuracy(model: Classifier, batches: Iterable[Batch], *, ranks: Ranks) -> dict[str, float]:
+def measure_accuracy(
+    model: Classifier, batches: Iterable[Batch], *, ranks: Ranks, colours: Colours = IMAGENET
+) -> dict[str, float]:
     """Return accuracies from 0 to 1 and the mean loss over the images of all ranks, each counted once.
 
     Args:
         model: on this rank's device; put into evaluation mode for the time.
         batches: this rank's labelled images.
         ranks: who add up.
+        colours: what images are normalised by.
 
     Raises:
         ValueError: there are no images.
@@ -208,7 +216,7 @@ def measure_accuracy(model: Classifier, batches: Iterable[Batch], *, ranks: Rank
     model.eval()
     try:
         for batch in batches:
-            images, labels = normalize(batch.images.to(ranks.device)), batch.labels.to(ranks.device)
+            images, labels = normalize(batch.images.to(ranks.device), colours=colours), batch.labels.to(ranks.device)
             for prefix, predict in predictors.items():
                 totals[prefix] += _count_hits(predict(images), labels)
     finally:

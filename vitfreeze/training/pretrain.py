@@ -74,7 +74,8 @@ class Pretraining:
         self, engine: FreezingEngine, batch: Batch, *, now: ScheduledStep, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the living scales, and the loss of each."""
-        output = engine(normalize(batch.images), noise=batch.noise, scale_weights=now.scale_weights)
+        images = normalize(batch.images, colours=self.config.data.colours)
+        output = engine(images, noise=batch.noise, scale_weights=now.scale_weights)
         return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(now.heads, output.losses, strict=True)}
 
     def end_step(self, engine: FreezingEngine) -> None:
@@ -93,7 +94,10 @@ class Pretraining:
         if self._shown is None:
             loader = open_split(self.config, "validation" if self.config.data.val else "train")
             self._shown = next(iter(loader)).images[:SHOWN_IMAGES]
-        panels = make_panels(engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers)
+        panels = make_panels(
+            engine.module, self._shown.to(engine.device), frozen_layers=engine.frozen_layers,
+            colours=self.config.data.colours,
+        )  # fmt: skip
         return to_pixels(draw_figure(panels))
 
     def close(self, directory: Path, engine: FreezingEngine) -> None:

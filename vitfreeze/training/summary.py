@@ -63,7 +63,9 @@ def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) ->
     lines = []
     for name, candidate in (("pre-trained", model), ("random", fresh_model.to(device))):
         (train, train_labels), (test, test_labels) = (
-            extract_features(candidate, open_split(config, split), limit=config.eval.samples)
+            extract_features(
+                candidate, open_split(config, split), limit=config.eval.samples, colours=config.data.colours
+            )
             for split in ("train", "validation")
         )
         accuracy = knn_accuracy(train, train_labels, test, test_labels, k=(k,))[k]

@@ -83,6 +83,12 @@ def read_beginning(config: Config) -> Pretrained | None:
     if differing:
         hint = "; to fine-tune, finetune.resample_positions=true fits them" if differing[0].startswith("img") else ""
         raise config.error("model.init_from", f"weights of this model's size, not with {', '.join(differing)}{hint}")
+    if found.colours != config.data.colours:
+        logger.warning(
+            "%s saw images normalised by data.mean=%s data.std=%s, and this run normalises by %s and %s",
+            found.origin, list(found.colours.mean), list(found.colours.std), list(config.data.mean),
+            list(config.data.std),
+        )  # fmt: skip
     if not found.is_finished:
         logger.warning("the run that model.init_from names has not finished: these are its weights at %s", found.origin)
     return found
