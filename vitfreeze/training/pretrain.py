@@ -78,6 +78,8 @@ class Pretraining:
             normalize(batch.images.to(engine.device, non_blocking=True)),
             noise=batch.noise.to(engine.device, non_blocking=True),
             scale_weights=now.scale_weights,
+            mask_ratio=now.images.mask_ratio,
+            decoded_share=now.images.decoded_share,
         )
         return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(now.heads, output.losses, strict=True)}
 
