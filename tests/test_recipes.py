@@ -129,7 +129,7 @@ def take_two_steps(recipe: str, folder: Path) -> Trained:
     before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     batches, losses = loader.batches(0, schedule.total_steps), []
     for step in range(2):
-        engine.set_learning_rates(schedule.learning_rates(step + 1))
+        engine.set_learning_rates(schedule.at(step + 1).learning_rates)
         for _ in range(engine.accumulation):
             batch = next(batches)
             output = engine(normalize(batch.images), noise=batch.noise)
