@@ -145,13 +145,14 @@ def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
         axes.fill_between(costs, low, high, color=BAND, label="95 % interval over seeds")
     axes.plot(costs, means, "o-", color=PLAIN_COLOUR, label="plain LocalMIM, rate decayed")
     markers = "s^Dv<>PX*"
-    for number, finding in enumerate(finding for finding in findings if not finding.is_plain):
+    for number, finding in enumerate((finding for finding in findings if not finding.is_plain), start=1):
         value = finding.accuracies[PRIMARY]
         spread = 0.0 if value.pairs < 2 else 50 * (value.high - value.low)
         axes.errorbar(
-            finding.cost, 100 * value.mean, yerr=spread or None, fmt=markers[number % len(markers)], capsize=3,
-            label=f"{finding.arm}, blr {finding.blr:g}: {finding.words}",
+            finding.cost, 100 * value.mean, yerr=spread or None, color=f"C{number}", capsize=3,
+            fmt=markers[number % len(markers)], label=f"{finding.arm}, blr {finding.blr:g}: {finding.words}",
         )  # fmt: skip
+    axes.set_xlim(0, 1.1 * max(finding.cost for finding in findings))
     axes.set_xlabel("counted cost of pre-training (plain run = 1)")
     axes.set_ylabel("fine-tuned top-1, per cent")
     axes.set_title(title, loc="left", fontsize=9, wrap=True)
