@@ -42,6 +42,7 @@ def _format_stages(plan: Plan) -> str:
         "step",
         "epoch",
         "of run",
+        "pixels",
         "masked",
         "decoded",
         "freezes",
@@ -54,7 +55,8 @@ def _format_stages(plan: Plan) -> str:
     rows = [heading + ["memory", "step ms", "step cost"] + (["comm. ms"] if plan.bandwidth_gigabytes else [])]
     for stage in plan.stages:
         row = [
-            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", f"{stage.images.mask_ratio:g}",
+            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", str(stage.images.img_size),
+            f"{stage.images.mask_ratio:g}",
             f"{stage.images.decoded_share:g}", _name_layers(stage),
             " ".join(str(head) for head in stage.heads_left), f"{stage.trainable_parameters / 1e6:.2f} M",
             format_bytes(stage.optimizer_state_bytes), format_bytes(stage.gradient_bytes_per_step),
