@@ -10,7 +10,7 @@ from jobs import KILLED, Bench, Kill, newest_checkpoint, read_events, read_losse
 from safetensors.torch import load_file
 
 from vitfreeze.config import Config, ConfigError, build_config, dump_config, load_config
-from vitfreeze.planner import plan
+from vitfreeze.planner import format_plan, plan
 from vitfreeze.schedule import build_schedule
 
 CURRICULUM = {
@@ -79,6 +79,9 @@ def test_the_plan_counts_every_stage_beside_the_plain_run() -> None:
     costs = [stage.flops_per_image / plain.stages[0].flops_per_image for stage in planned.stages]
     assert costs == [stage.relative_cost for stage in planned.stages]
     assert planned.saving == pytest.approx(1 - sum(costs) / 2)
+    assert planned.plain_epochs == pytest.approx(100 * planned.gpu_hours / plain.gpu_hours)
+    assert f"buy {planned.plain_epochs:.1f} epochs without freezing" in format_plan(planned)
+    assert "buy" not in format_plan(plain)
     assert planned.gpu_hours + planned.gpu_hours_saved == pytest.approx(plain.gpu_hours)
     assert planned.stages[0].activation_bytes < planned.stages[1].activation_bytes < plain.stages[0].activation_bytes
 

@@ -84,6 +84,8 @@ def _format_whole(plan: Plan) -> str:
     ]
     if not math.isclose(plan.saving, plan.flops_saving, abs_tol=1e-9):
         lines.append(f"        {plan.flops_saving:.1%} of the counted operations")
+    if plan.saving:
+        lines.append(f"        The same GPU-hours buy {plan.plain_epochs:.1f} epochs without freezing and curriculum")
     last = plan.stages[-1]
     lines.append(
         f"Peak memory: {format_bytes(plan.peak_memory_bytes)} a rank, {format_bytes(last.memory_bytes)} in the last "
