@@ -10,7 +10,7 @@ from jobs import KILLED, Bench, Kill, newest_checkpoint, read_events, read_losse
 from safetensors.torch import load_file
 
 from vitfreeze.config import Config, ConfigError, build_config, dump_config, load_config
-from vitfreeze.planner import plan
+from vitfreeze.planner import format_plan, plan
 from vitfreeze.schedule import build_schedule
 
 CURRICULUM = {
@@ -57,6 +57,9 @@ def test_stages_come_back_from_yaml(tmp_path: Path) -> None:
         ("mask_ratio", [[0, 1.0]], r"values in \(0, 1\)"),
         ("mask_ratio", [[0, 0.99]], "from step 0 on, 0.99 at 64 pixels leaves 0 of 64 patches visible"),
         ("mask_ratio", 0.8, "stages"),
+        ("img_size", [[0, 48], [0.5, 32]], "the last of them model.img_size, which is 64"),
+        ("img_size", [[0, 40], [0.5, 64]], "5 x 5 patch grid, which scale 0.5 cannot divide into cells of 16 pixels"),
+        ("img_size", [[0, 50], [0.5, 64]], "img_size 50 is not a multiple of patch_size 8"),
         ("decoded_share", [[0, 0]], r"values in \(0, 1\]"),
         ("decoded_share", [[0, 0.01]], "0.01 at 64 pixels leaves none of 55 masked patches to reconstruct"),
     ],
@@ -76,20 +79,29 @@ def test_the_plan_counts_every_stage_beside_the_plain_run() -> None:
     costs = [stage.flops_per_image / plain.stages[0].flops_per_image for stage in planned.stages]
     assert costs == [stage.relative_cost for stage in planned.stages]
     assert planned.saving == pytest.approx(1 - sum(costs) / 2)
+    assert planned.plain_epochs == pytest.approx(100 * planned.gpu_hours / plain.gpu_hours)
+    assert f"buy {planned.plain_epochs:.1f} epochs without freezing" in format_plan(planned)
+    assert "buy" not in format_plan(plain)
     assert planned.gpu_hours + planned.gpu_hours_saved == pytest.approx(plain.gpu_hours)
     assert planned.stages[0].activation_bytes < planned.stages[1].activation_bytes < plain.stages[0].activation_bytes
 
 
 @pytest.mark.distributed
 def test_killed_around_every_border_it_ends_to_the_bit(tmp_path: Path) -> None:
-    stages = {"mask_ratio": [[0, 0.5], ["5 steps", 0.75]], "decoded_share": [[0, 0.5], ["10 steps", 1]]}
-    bench = Bench(tmp_path, curriculum=stages, checkpoint={"every": "1 steps"}, model={"size": "vit_tiny_test"})
+    stages = {"img_size": [[0, 16], ["5 steps", 32]], "decoded_share": [[0, 0.5], ["10 steps", 1]]}
+    bench = Bench(
+        tmp_path, curriculum=stages, checkpoint={"every": "1 steps"},
+        model={"size": "vit_tiny_test", "img_size": 32, "mask_ratio": 0.5},
+        batch={"global_size": 8, "micro_size": 2, "grow_micro_batch": True}, data={"workers": 1},
+    )  # fmt: skip
     assert bench.run("whole") == [0], bench.log("whole")
+    grown = [(event["step"], event["micro_batch"]) for event in read_events(bench.folder / "whole", "micro_batch")]
+    assert grown[:2] == [(0, 4), (5, 2)]  # a quarter of the patches leaves room; then as configured
     for step in (4, 5, 9, 10):  # the last step of a stage, and the first of the next
         job = bench.start("killed", kill=Kill(where="update", step=step))
         assert job.wait() == [KILLED], bench.log("killed")
-    assert bench.run("killed", "curriculum.mask_ratio=[[0, 0.6]]") == [2]
-    assert "curriculum.mask_ratio" in bench.log("killed")
+    assert bench.run("killed", "curriculum.img_size=[[0, 32]]") == [2]
+    assert "curriculum.img_size" in bench.log("killed")
     assert bench.run("killed") == [0], bench.log("killed")
     assert read_losses(bench.folder / "killed") == read_losses(bench.folder / "whole")
     names = ("weights.safetensors", "rank-00000.safetensors")

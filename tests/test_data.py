@@ -202,3 +202,23 @@ def test_need_for_workers() -> None:
     assert workers_needed(0.001, seconds_per_image=0.01) == 1
     with pytest.raises(ValueError, match="positive"):
         workers_needed(0.001, seconds_per_image=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stage_of_other_sizes_has_the_same_samples_and_boxes(
+    make_loader: Callable[..., TrainLoader], workers: int
+) -> None:
+    """Sides and micro-batches change on the way without new workers; what is cropped of whom stays."""
+    shape_at = {0: (8, 8), 1: (8, 8), 2: (16, 4), 3: (16, 4)}.__getitem__
+    loader = make_loader(workers=workers, img_size=16, global_batch=8, micro_batch=4)
+    staged = list(loader.batches(0, 4, shape_at=shape_at))
+    plain = list(make_loader(workers=0, img_size=16, global_batch=8, micro_batch=4).batches(0, 4))
+    assert [tuple(batch.images.shape) for batch in staged] == [(8, 3, 8, 8)] * 2 + [(4, 3, 16, 16)] * 4
+    assert [tuple(batch.noise.shape) for batch in staged] == [(8, 1)] * 2 + [(4, 4)] * 4
+    assert [key for batch in staged for key in batch.keys] == [key for batch in plain for key in batch.keys]
+    for mine, theirs in zip(staged[2:], plain[4:], strict=True):
+        assert mine.images.equal(theirs.images)
+        assert mine.noise.equal(theirs.noise)
+    small = torch.nn.functional.avg_pool2d(torch.cat([batch.images for batch in plain[:4]]).float(), 2)
+    difference = torch.cat([batch.images for batch in staged[:2]]).float() - small
+    assert difference.abs().mean() < 12

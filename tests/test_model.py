@@ -439,8 +439,9 @@ def bad_pixel(value: float) -> Tensor:
 )
 def test_bad_batches_are_refused(images: Tensor, options: dict[str, Any], message: str) -> None:
     model = build()
-    with pytest.raises(ValueError, match=message):
-        model(images, **options)
+    if images.shape[-1] != 40:  # forward takes any size that can be divided
+        with pytest.raises(ValueError, match=message):
+            model(images, **options)
     if "scale_weights" not in options:
         with pytest.raises(ValueError, match=message):
             model.predict(images, **options)
@@ -562,3 +563,33 @@ def test_shares_without_a_patch_are_refused(options: dict[str, float], message: 
     model = build()
     with pytest.raises(ValueError, match=message):
         model(batch(model)[0], **options)
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 3])
+@pytest.mark.parametrize("side", [16, 48, 64])
+def test_another_size_is_the_same_model_with_positions_at_the_same_places(side: int, frozen_layers: int) -> None:
+    model, other = build(), build(img_size=side)
+    with torch.no_grad():
+        for module in (other, *(head.decoder for head in other.heads)):
+            module.pos_embed.copy_(sincos_positions(side // 8, module.pos_embed.shape[2], full_grid_size=4))
+    images, noise = batch(other)
+    mine = model(images, noise=noise, frozen_layers=frozen_layers, decoded_share=0.75)
+    theirs = other(images, noise=noise, frozen_layers=frozen_layers, decoded_share=0.75)
+    assert [loss.item() for loss in mine.losses] == [loss.item() for loss in theirs.losses]
+    assert model.state_dict().keys() == build().state_dict().keys()
+
+
+def test_a_place_of_the_image_has_one_position_at_every_size() -> None:
+    """The centre of a coarse patch lies between those of four fine ones; of every third of a finer grid, on one."""
+    own = sincos_positions(4, 24)[0, 1:].view(4, 4, 24)
+    assert sincos_positions(4, 24, full_grid_size=4).equal(sincos_positions(4, 24))
+    fine = sincos_positions(12, 24, full_grid_size=4)[0, 1:].view(12, 12, 24)
+    torch.testing.assert_close(fine[1::3, 1::3], own, rtol=0, atol=1e-6)
+    coarse = sincos_positions(2, 24, full_grid_size=4)[0, 1:].view(2, 2, 24)
+    # The fastest sine, of coordinates 0.5 and 2.5 in patches of the model's own grid.
+    torch.testing.assert_close(coarse[0, :, 0], torch.tensor([0.5, 2.5]).sin(), rtol=0, atol=1e-6)
+
+
+def test_sizes_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 x 5 patch grid"):
+        build()(torch.zeros(2, 3, 40, 40))

@@ -315,6 +315,7 @@ class LossConfig:
 class CurriculumConfig:
     """What changes in the images on the way: stages [[0, value], [share of the run or duration, value], ...]."""
 
+    img_size: Stages = option((), "stages of the side of the crops; the last is model.img_size", unit="pixels")
     mask_ratio: Stages = option((), "stages of model.mask_ratio, such as [[0, 0.8], [0.5, 0.75]]")
     decoded_share: Stages = option(
         (), "share of the masked patches that the heads reconstruct, drawn anew for every crop; LocalMIM: 1"
@@ -596,7 +597,8 @@ def check_config(config: Config) -> None:
 
 
 def _check_curriculum(config: Config) -> None:
-    ranges = {"mask_ratio": Range(0, 1, open_low=True, open_high=True), "decoded_share": SHARE_ABOVE_0}
+    between = Range(0, 1, open_low=True, open_high=True)
+    ranges = {"img_size": AT_LEAST_1, "mask_ratio": between, "decoded_share": SHARE_ABOVE_0}
     for name, within in ranges.items():
         stages: Stages = getattr(config.curriculum, name)
         begins = [begin for begin, _ in stages]
@@ -606,6 +608,15 @@ def _check_curriculum(config: Config) -> None:
             raise config.error(f"curriculum.{name}", _NOUNS["Stages"])
         if not all(value in within for _, value in stages):
             raise config.error(f"curriculum.{name}", f"values {within}")
+    sizes = [size for _, size in config.curriculum.img_size]
+    if sizes and (sizes[-1] != config.model.img_size or any(size != int(size) for size in sizes)):
+        allowed = f"whole numbers, the last of them model.img_size, which is {config.model.img_size}"
+        raise config.error("curriculum.img_size", allowed)
+    try:
+        for size in sizes:
+            cell_sizes(img_size=int(size), patch_size=config.model.resolve().patch_size)
+    except ValueError as error:
+        raise config.error("curriculum.img_size", str(error)) from None
 
 
 def _check_model(config: Config) -> None:

@@ -1,15 +1,15 @@
-"""What the images of a step are: how much of them is masked, and how much of that is reconstructed. No torch."""
+"""What the images of a step are: their size, how much is masked, and how much of that reconstructed. No torch."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vitfreeze.architecture import count_decoded, count_visible
 from vitfreeze.config import Config, ConfigError, Stages, StepCounts
 
-KEYS = ("mask_ratio", "decoded_share")
+KEYS = ("img_size", "mask_ratio", "decoded_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,14 @@ def build_curriculum(config: Config, steps: StepCounts) -> Curriculum:
     values = {key: dict(_count(config, key, steps)) or {0: getattr(plain, key)} for key in KEYS}
     stages = []
     for first in sorted(set().union(*values.values())):
-        mask_ratio, decoded_share = (
+        img_size, mask_ratio, decoded_share = (
             [value for begin, value in values[key].items() if begin <= first][-1] for key in KEYS
         )  # fmt: skip
-        stages.append(replace(plain, first_step=first, mask_ratio=mask_ratio, decoded_share=decoded_share))
-        _check(config, stages[-1])
+        stage = ImageStage(
+            first_step=first, img_size=int(img_size), mask_ratio=mask_ratio, decoded_share=decoded_share
+        )  # fmt: skip
+        _check(config, stage)
+        stages.append(stage)
     return Curriculum(tuple(stages))
 
 

@@ -433,7 +433,7 @@ class RunSchedule:
         _check_step(step, total_steps=self.total_steps)
         if self.adaptive is not None:
             self.adaptive.check_known(step)
-        frozen_layers = self._frozen_layers(step)
+        frozen_layers = self.frozen_layers(step)
         images, following = self.curriculum.at(step), min(step + 1, self.total_steps - 1)
         return ScheduledStep(
             step=step,
@@ -444,7 +444,7 @@ class RunSchedule:
                 unit.name: self.learning_rate(unit, step) if unit.trains(frozen_layers) else 0.0 for unit in self.units
             },
             images=images,
-            ends_stage=self._frozen_layers(following) > frozen_layers or self.curriculum.at(following) != images,
+            ends_stage=self.frozen_layers(following) > frozen_layers or self.curriculum.at(following) != images,
         )
 
     def learning_rate(self, unit: FreezeUnit, step: int) -> float:
@@ -460,7 +460,7 @@ class RunSchedule:
         """Return (step, frozen_layers from then on) for every step at which the prefix grows; adaptive: so far."""
         if self.layers is not None:
             steps = sorted({self.layers.freeze_step(layer) for layer in range(self.layers.num_layers)})
-            found = ((step, self._frozen_layers(step)) for step in steps if step < self.total_steps)
+            found = ((step, self.frozen_layers(step)) for step in steps if step < self.total_steps)
             return tuple((step, frozen) for step, frozen in found if frozen > self.least_frozen)
         changes: list[tuple[int, int]] = []
         for check in self.adaptive.log if self.adaptive is not None else ():
@@ -468,7 +468,8 @@ class RunSchedule:
                 changes.append((check.step, check.frozen_layers))
         return tuple(changes)
 
-    def _frozen_layers(self, step: int) -> int:
+    def frozen_layers(self, step: int) -> int:
+        """Return the length of the frozen prefix at `step`, with adaptive freezing as far as it has been measured."""
         if self.layers is not None:
             return max(self.least_frozen, self.layers.frozen_layers(step))
         return self.adaptive.frozen_layers(step) if self.adaptive is not None else 0

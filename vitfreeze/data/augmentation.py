@@ -41,7 +41,7 @@ class RandomCrop:
     The rectangle is that of Inception (Szegedy et al. 2015), as torchvision's RandomResizedCrop draws it.
 
     Args:
-        img_size: side of the result in pixels.
+        img_size: side of the result in pixels; a stage of a curriculum may ask for another.
         scale: least and greatest share of the image's area.
     """
 
@@ -56,7 +56,7 @@ class RandomCrop:
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
         draws = random.uniform(3 + 2 * _CROP_ATTEMPTS).tolist()
         box = self.box(pixels.shape[0], pixels.shape[1], draws[1:])
-        image = resize_crop(pixels, box, (self.img_size, self.img_size))
+        image = resize_crop(pixels, box, (out.shape[-2], out.shape[-1]))
         out.copy_(image.flip(-1) if draws[0] < _MIRRORED else image)
 
     def box(self, height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -29,6 +29,9 @@ from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder
 from vitfreeze.data.shards import ShardReader, find_shards
 from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
+
+# For a step: the side of its crops in pixels, and the images of a micro-batch.
+ShapeAt = Callable[[int], tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,13 +252,13 @@ class _Loader:
 
     def _unload(self, ring: Ring, answer: Answer, begin: float) -> Batch:
         """Copy an answer out of the ring, so that the batch may be kept as long as anyone likes."""
-        count = len(answer.keys)
-        images = torch.empty((count, *ring.images.shape[2:]), dtype=torch.uint8, pin_memory=self.pin_memory)
-        noise = torch.empty((count, ring.noise.shape[2]), pin_memory=self.pin_memory)
+        held, held_noise = ring.view(answer.slot, count=len(answer.keys), img_size=answer.request.img_size)
+        images = torch.empty(held.shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        noise = torch.empty(held_noise.shape, pin_memory=self.pin_memory)
         return Batch(
-            images=images.copy_(ring.images[answer.slot, :count]),
+            images=images.copy_(held),
             labels=torch.from_numpy(answer.labels).pin_memory() if self.pin_memory else torch.from_numpy(answer.labels),
-            noise=noise.copy_(ring.noise[answer.slot, :count]),
+            noise=noise.copy_(held_noise),
             keys=answer.keys,
             indices=torch.from_numpy(answer.indices),
             epoch=answer.request.epoch,
@@ -360,6 +363,7 @@ class TrainLoader(_Loader):
         total_steps: int,
         *,
         micro_batch: int | None = None,
+        shape_at: ShapeAt | None = None,
         device: torch.device | None = None,
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of steps start_step..total_steps, across epochs, by the same workers.
@@ -370,6 +374,8 @@ class TrainLoader(_Loader):
             start_step: first optimizer step, from 0.
             total_steps: the step to stop before.
             micro_batch: another size of micro-batch than the loader's, for the same global batches.
+            shape_at: returns, for a step, the side of its crops and its micro-batch, instead of one for all. Workers
+                know it as far ahead as they prefetch, so that nothing waits at a change.
             device: bring the batches there, one ahead of the one that is asked for; None: leave them on the CPU.
 
         Raises:
@@ -378,21 +384,27 @@ class TrainLoader(_Loader):
         """
         if not 0 <= start_step <= total_steps:
             raise ValueError(f"steps {start_step} to {total_steps} are not a stretch of a run")
-        size = micro_batch or self.micro_batch
-        requests = self._requests(start_step, total_steps, size, self.accumulation(size))
+        side = self._plan.transform.img_size
+        largest = micro_batch or self.micro_batch
+        self.accumulation(largest)
+        if shape_at is not None:
+            shapes = {shape_at(step) for step in range(start_step, total_steps)}
+            largest = max((-(-size * pixels**2 // side**2) for pixels, size in shapes), default=largest)
+        requests = self._requests(start_step, total_steps, shape_at or (lambda step: (side, largest)))
         images = self.steps_per_epoch * self.global_batch // self.crops_per_image
-        batches = self._serve(requests, largest=size)
+        batches = self._serve(requests, largest=largest)
         for batch in batches if device is None else bring_ahead(batches, device):
             self._count(batch, epoch_images=images)
             yield batch
         self._end_epoch()
 
-    def _requests(self, start_step: int, total_steps: int, micro_batch: int, accumulation: int) -> Iterator[Request]:
+    def _requests(self, start_step: int, total_steps: int, shape_at: ShapeAt) -> Iterator[Request]:
         for step in range(start_step, total_steps):
+            img_size, micro_batch = shape_at(step)
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            for number in range(accumulation):
+            for number in range(self.accumulation(micro_batch)):
                 start = step_in_epoch * self.global_batch + (number * self.world_size + self.rank) * micro_batch
-                yield Request(epoch=epoch, step=step, start=start, stop=start + micro_batch)
+                yield Request(epoch=epoch, step=step, start=start, stop=start + micro_batch, img_size=img_size)
 
 
 class EvalLoader(_Loader):
@@ -439,7 +451,13 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         self._report = EpochReport(epoch=0, epoch_images=self.num_samples, images=0, fallbacks=0, skipped=())
         requests = (
-            Request(epoch=0, step=step, start=start, stop=min(start + self.batch_size, self.share.stop))
+            Request(
+                epoch=0,
+                step=step,
+                start=start,
+                stop=min(start + self.batch_size, self.share.stop),
+                img_size=self._plan.transform.img_size,
+            )
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
         )
         for batch in self._serve(requests, largest=self.batch_size):

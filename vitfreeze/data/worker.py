@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitfreeze.data.addresses import cut_query
@@ -26,12 +27,13 @@ from vitfreeze.data.shards import Sample, ShardReader
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Crops start..stop of an epoch: crop c belongs to the image at place c // crops_per_image."""
+    """Crops start..stop of an epoch, of a side: crop c belongs to the image at place c // crops_per_image."""
 
     epoch: int
     step: int
     start: int
     stop: int
+    img_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,18 @@ class Ring:
 
     def __init__(self, *, ahead: int, batch: int, img_size: int, num_patches: int, shared: bool) -> None:
         self.slots = ahead + 1
-        self.images = torch.empty(self.slots, batch, 3, img_size, img_size, dtype=torch.uint8)
-        self.noise = torch.empty(self.slots, batch, num_patches)
+        self._img_size, self._num_patches = img_size, num_patches
+        self.images = torch.empty(self.slots, batch * 3 * img_size**2, dtype=torch.uint8)
+        self.noise = torch.empty(self.slots, batch * num_patches)
         if shared:
             self.images.share_memory_()
             self.noise.share_memory_()
+
+    def view(self, slot: int, *, count: int, img_size: int) -> tuple[Tensor, Tensor]:
+        """Return a slot as so many images of a side, (B, 3, H, W), and the noise of their patches, (B, L)."""
+        patches = self._num_patches * img_size**2 // self._img_size**2
+        images = self.images[slot, : count * 3 * img_size**2].view(count, 3, img_size, img_size)
+        return images, self.noise[slot, : count * patches].view(count, patches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +104,8 @@ class BatchMaker(Dataset):
     def _answer(self, number: int, request: Request) -> Answer:
         begin = time.perf_counter()
         slot = number % self.ring.slots
-        images, noise = self.ring.images[slot], self.ring.noise[slot].numpy()
+        images, noise_BL = self.ring.view(slot, count=request.stop - request.start, img_size=request.img_size)
+        noise = noise_BL.numpy()
         wanted = self._wanted(request)
         skipped, keys, used, row, fallbacks = list[SkippedSample](), list[str](), list[tuple[int, int]](), 0, 0
         for index, shard, place in wanted:

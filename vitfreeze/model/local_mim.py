@@ -73,10 +73,12 @@ class HeadPrediction(NamedTuple):
     weights: Tensor
 
 
-def sincos_positions(grid_size: int, width: int) -> Tensor:
+def sincos_positions(grid_size: int, width: int, *, full_grid_size: int | None = None) -> Tensor:
     """Return MAE's fixed positions as (1, 1 + grid_size**2, width) float32, all zeros for the class token.
 
-    The first half of the width encodes the column, the second the row; each half is sines, then cosines.
+    The first half of the width encodes the column, the second the row; each half is sines, then cosines. Coordinates
+    are those of a grid of `full_grid_size`, by default this one, laid over the same image: the centre of every patch
+    has the position that this place of the image has there.
 
     Raises:
         ValueError: width is not a multiple of 4.
@@ -84,6 +86,8 @@ def sincos_positions(grid_size: int, width: int) -> Tensor:
     if width % 4:
         raise ValueError(f"width {width} must be a multiple of 4: sines and cosines of two coordinates")
     coordinate = torch.arange(grid_size, dtype=torch.float64)
+    if full_grid_size is not None:
+        coordinate = (coordinate + 0.5) * full_grid_size / grid_size - 0.5
     frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = coordinate[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -194,6 +198,20 @@ def cell_order(grid_size: int, scale: float) -> Tensor:
     return index.view(grid_size, 2, 2, grid_size, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, 16)
 
 
+class Grid(NamedTuple):
+    """What belongs to a grid of patches other than the model's own.
+
+    Attributes:
+        positions: (1, 1 + L, D) of the encoder.
+        decoder_positions: the same of the decoders.
+        cell_orders: `cell_order` of every scale.
+    """
+
+    positions: Tensor
+    decoder_positions: Tensor
+    cell_orders: dict[float, Tensor]
+
+
 class Decoder(nn.Module):
     """LocalMIM's small decoder: mask tokens join the visible ones, a block or more, and predictions per cell."""
 
@@ -213,7 +231,7 @@ class Decoder(nn.Module):
         num_outputs: int,
     ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.grid_size, self.width = scale, grid_size, width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_positions(grid_size, width))
         self.embed = nn.Linear(encoder_width, width)
@@ -225,13 +243,16 @@ class Decoder(nn.Module):
         self.pred = CellPredictor(width=width, scale=scale, num_outputs=num_outputs)
         self.register_buffer("cell_order", cell_order(grid_size, scale), persistent=False)
 
-    def forward(self, latents_BND: Tensor, ids_BL: Tensor, *, everywhere: bool = False) -> Tensor:
+    def forward(
+        self, latents_BND: Tensor, ids_BL: Tensor, grid: Grid | None = None, *, everywhere: bool = False
+    ) -> Tensor:
         """Predict HOG.
 
         Args:
             latents_BND: (B, 1 + V, D) class token and visible patches.
             ids_BL: patches in the order of the noise: the V visible ones, then the masked ones; of these perhaps only
                 the first, the others being left out.
+            grid: that of the images; None: the model's own.
             everywhere: predict the cells of visible patches too, which the loss never reads.
 
         Returns:
@@ -240,7 +261,7 @@ class Decoder(nn.Module):
         """
         num_visible = latents_BND.shape[1] - 1
         # DeepSpeed converts parameters, not buffers: positions must not raise half-precision tokens to float32.
-        pos_embed = self.pos_embed.to(self.mask_token.dtype)
+        pos_embed = (self.pos_embed if grid is None else grid.decoder_positions).to(self.mask_token.dtype)
         visible_BND = self.embed(latents_BND)
         pos_BLD = pos_embed[0, 1:][ids_BL]
         pos_BVD = torch.cat([pos_embed[:, :1].expand(len(ids_BL), -1, -1), pos_BLD[:, :num_visible]], dim=1)
@@ -252,12 +273,15 @@ class Decoder(nn.Module):
         tokens_BND = self.blocks[-1](tokens_BND, 1 if all_patches else 1 + num_visible)
         tokens_BND = self.norm(tokens_BND)
         if self.scale < 1:
-            tokens_BND = self._pool(tokens_BND, ids_BL)
+            tokens_BND = self._pool(tokens_BND, ids_BL, self.order_of_cells(grid).flatten())
         return self.pred(tokens_BND)
 
-    def _pool(self, tokens_BLD: Tensor, ids_BL: Tensor) -> Tensor:
+    def order_of_cells(self, grid: Grid | None) -> Tensor:
+        """Return `cell_order` of a grid, by default the model's own."""
+        return self.cell_order if grid is None else grid.cell_orders[self.scale]
+
+    def _pool(self, tokens_BLD: Tensor, ids_BL: Tensor, order: Tensor) -> Tensor:
         """Return the mean of the tokens in each cell of 2 x 2 patches, of those that are there: (B, T, D)."""
-        order = self.cell_order.flatten()
         if ids_BL.shape[1] == len(order):
             return _take(tokens_BLD, ids_BL.argsort(dim=1)[:, order]).unflatten(1, (-1, 4)).mean(dim=2)
         cell_of_patch = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) // 4)
@@ -282,23 +306,23 @@ class Head(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder = decoder
 
-    def forward(self, tap_BND: Tensor, ids_BL: Tensor, targets_BTF: Tensor) -> Tensor:
+    def forward(self, tap_BND: Tensor, ids_BL: Tensor, targets_BTF: Tensor, grid: Grid | None = None) -> Tensor:
         """Return the masked mean squared error of this scale, a float32 scalar."""
         latents_BND = self.norm(tap_BND)
-        predictions_BMKF = self.decoder(latents_BND, ids_BL).float()
+        predictions_BMKF = self.decoder(latents_BND, ids_BL, grid).float()
+        order = self.decoder.order_of_cells(grid)
         num_visible = tap_BND.shape[1] - 1
         if self.decoder.scale >= 1:
             # Every masked cell weighs 1 and every other 0, so that the masked mean is the mean of the masked ones.
-            cells_BMK = self.decoder.cell_order[ids_BL[:, num_visible:]]
+            cells_BMK = order[ids_BL[:, num_visible:]]
             return F.mse_loss(predictions_BMKF.flatten(1, 2), _take(targets_BTF, cells_BMK.flatten(1)))
-        weights_BT = self.cell_weights(ids_BL, num_visible=num_visible)
+        weights_BT = self.cell_weights(ids_BL, order, num_visible=num_visible)
         errors_BT = (predictions_BMKF.squeeze(2) - targets_BTF).square().mean(dim=-1)
         total_weight = ids_BL.shape[0] * (ids_BL.shape[1] - num_visible) / 4
         return (errors_BT * weights_BT).sum() / total_weight
 
-    def cell_weights(self, ids_BL: Tensor, *, num_visible: int) -> Tensor:
+    def cell_weights(self, ids_BL: Tensor, order_LK: Tensor, *, num_visible: int) -> Tensor:
         """Return the (B, T) float32 share of each cell that is masked, and not left out."""
-        order_LK = self.decoder.cell_order
         mask_BL = torch.zeros(len(ids_BL), order_LK.numel() if self.decoder.scale < 1 else len(order_LK))
         mask_BL = mask_BL.to(ids_BL.device).scatter_(1, ids_BL[:, num_visible:], 1.0)
         if self.decoder.scale < 1:
@@ -315,7 +339,7 @@ class Head(nn.Module):
         if self.decoder.scale >= 1:
             cells_BT = self.decoder.cell_order[ids_BL].flatten(1)
             predictions_BTF = _take(predictions_BTF, cells_BT.argsort(dim=1))
-        weights_BT = self.cell_weights(ids_BL, num_visible=tap_BND.shape[1] - 1)
+        weights_BT = self.cell_weights(ids_BL, self.decoder.cell_order, num_visible=tap_BND.shape[1] - 1)
         return HeadPrediction(latents_BND, predictions_BTF, targets_BTF, weights_BT)
 
 
@@ -373,7 +397,7 @@ class LocalMIM(nn.Module):
         self.img_size, self.patch_size, self.depth, self.hog_nbins = img_size, patch_size, depth, hog_nbins
         self.grid_size = img_size // patch_size
         self.num_patches = self.grid_size**2
-        self.num_visible = self._count_visible(mask_ratio)
+        self.mask_ratio, self.num_visible = mask_ratio, self._count_visible(mask_ratio, self.num_patches)
         if hog_nbins < 1 or decoder_depth < 1:
             raise ValueError(f"hog_nbins {hog_nbins} and decoder_depth {decoder_depth} must be at least 1")
         self.units = localmim_units(depth, cls_token=freeze_cls_token, patch_embed=freeze_patch_embed)
@@ -384,6 +408,7 @@ class LocalMIM(nn.Module):
             for name in ("cls_token", "patch_embed")
         }
         self.activation_checkpointing = activation_checkpointing
+        self._grids: dict[tuple[int, torch.device], Grid] = {}
         self.scale_weights = _check_scale_weights((1.0,) * len(self.taps) if scale_weights is None else scale_weights)
 
         norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
@@ -438,7 +463,8 @@ class LocalMIM(nn.Module):
         """Reconstruct the masked patches and return the loss.
 
         Args:
-            images: (B, 3, img_size, img_size), normalised; targets are computed from them in float32.
+            images: (B, 3, S, S), normalised; targets are computed from them in float32. S is img_size or any other
+                side that the patches and the coarsest cells divide; the weights are the same.
             noise: (B, L) in [0, 1): the patches with the smallest values stay visible. Drawn here when None.
             frozen_layers: length of the frozen prefix, 0 to depth. Its parameters get no gradient whether or not
                 they require one, and heads on its blocks take no part.
@@ -451,17 +477,20 @@ class LocalMIM(nn.Module):
             ValueError: a wrong shape of images or noise, a value that is NaN (on the CPU), `frozen_layers` out of
                 range, not one scale weight per head, or no patch to see or to reconstruct.
         """
-        num_visible = self.num_visible if mask_ratio is None else self._count_visible(mask_ratio)
-        decoded = count_decoded(self.num_patches - num_visible, decoded_share)
+        self._check_size(images, is_any=True)
+        num_patches = (images.shape[-1] // self.patch_size) ** 2
+        num_visible = self._count_visible(self.mask_ratio if mask_ratio is None else mask_ratio, num_patches)
+        decoded = count_decoded(num_patches - num_visible, decoded_share)
         if not 0 < decoded_share <= 1 or not decoded:
-            masked = self.num_patches - num_visible
+            masked = num_patches - num_visible
             raise ValueError(f"decoded_share is {decoded_share:g}, expected above 0 to 1, and a patch of {masked}")
         taps, ids_BL, targets = self._encode_visible(
             images, noise=noise, frozen_layers=frozen_layers, num_visible=num_visible
         )  # fmt: skip
         ids_BL = ids_BL[:, : num_visible + decoded]
         weights = self.scale_weights if scale_weights is None else _check_scale_weights(scale_weights)
-        losses = {k: self._head(k)(tap, ids_BL, targets[k]) for k, tap in taps.items()}
+        grid = self._grid_of(images)
+        losses = {k: self._head(k)(tap, ids_BL, targets[k], grid) for k, tap in taps.items()}
         loss = torch.stack([weights[k] * losses[k] for k in losses]).sum()
         return LocalMIMOutput(loss, tuple(losses.values()), tuple(losses))
 
@@ -472,6 +501,7 @@ class LocalMIM(nn.Module):
 
         Arguments and errors are those of `forward`, which computes only what the loss reads of this.
         """
+        self._check_size(images)
         taps, ids_BL, targets = self._encode_visible(
             images, noise=noise, frozen_layers=frozen_layers, num_visible=self.num_visible
         )  # fmt: skip
@@ -505,13 +535,13 @@ class LocalMIM(nn.Module):
         self, images: Tensor, *, noise: Tensor | None, frozen_layers: int, num_visible: int
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """Return taps and targets of every active head, and the patches in the order of the noise (B, L)."""
-        self._check_size(images)
         if not 0 <= frozen_layers <= self.depth:
             raise ValueError(f"frozen_layers is {frozen_layers}, expected 0 to depth {self.depth}")
         if noise is None:
-            noise = torch.rand(len(images), self.num_patches, device=images.device)
-        if noise.shape != (len(images), self.num_patches):
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {(len(images), self.num_patches)}")
+            noise = torch.rand(len(images), (images.shape[-1] // self.patch_size) ** 2, device=images.device)
+        expected = (len(images), (images.shape[-1] // self.patch_size) ** 2)
+        if noise.shape != expected:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}")
         heads = active_heads(self.units, frozen_layers)
         cells = [self.cell_sizes[k] for k in heads]
         targets = hog_targets(images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias)
@@ -528,7 +558,9 @@ class LocalMIM(nn.Module):
 
         Detached parameters are those under no_grad: nothing of the product is kept for a backward pass.
         """
-        side, grid = self.patch_size, self.grid_size
+        side, grid = self.patch_size, images.shape[-1] // self.patch_size
+        other = self._grid_of(images)
+        positions = self.pos_embed if other is None else other.positions
         weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
         if not self._embedding_units["patch_embed"].trains(frozen_layers):
             weight, bias = weight.detach(), bias.detach()
@@ -536,7 +568,7 @@ class LocalMIM(nn.Module):
         sample_B1 = torch.arange(len(images), device=images.device)[:, None]
         chosen_BVD = pixels[sample_B1, ids_BV // grid, ids_BV % grid].flatten(2)
         patches_BVD = F.linear(chosen_BVD.to(weight.dtype), weight.flatten(1), bias)
-        return self._prepend_cls_token(patches_BVD, self.pos_embed[0, 1:][ids_BV], frozen_layers=frozen_layers)
+        return self._prepend_cls_token(patches_BVD, positions[0, 1:][ids_BV], frozen_layers=frozen_layers)
 
     def _prepend_cls_token(self, patches_BVD: Tensor, pos_BVD: Tensor, *, frozen_layers: int) -> Tensor:
         """Put the class token before embedded patches and add their positions."""
@@ -561,23 +593,37 @@ class LocalMIM(nn.Module):
                 outputs[number] = tokens_BND
         return outputs
 
-    def _count_visible(self, mask_ratio: float) -> int:
-        visible = count_visible(self.num_patches, mask_ratio)
-        if not 0 < visible < self.num_patches:
+    def _grid_of(self, images: Tensor) -> Grid | None:
+        """Return what belongs to the images' grid, computed at its first use; None for the model's own."""
+        grid, device = images.shape[-1] // self.patch_size, images.device
+        if grid == self.grid_size:
+            return None
+        if (grid, device) not in self._grids:
+            widths = (self.pos_embed.shape[-1], self._head(0).decoder.width)
+            positions = [sincos_positions(grid, width, full_grid_size=self.grid_size).to(device) for width in widths]
+            orders = {scale: cell_order(grid, scale).to(device) for scale in HEAD_SCALES}
+            self._grids[grid, device] = Grid(positions[0], positions[1], orders)
+        return self._grids[grid, device]
+
+    def _count_visible(self, mask_ratio: float, num_patches: int) -> int:
+        visible = count_visible(num_patches, mask_ratio)
+        if not 0 < visible < num_patches:
             raise ValueError(
-                f"mask_ratio {mask_ratio:g} leaves int({self.num_patches} * (1 - {mask_ratio:g})) = {visible} "
-                f"of {self.num_patches} patches visible, expected at least one visible and one masked"
+                f"mask_ratio {mask_ratio:g} leaves int({num_patches} * (1 - {mask_ratio:g})) = {visible} "
+                f"of {num_patches} patches visible, expected at least one visible and one masked"
             )
         return visible
 
-    def _check_size(self, images: Tensor) -> None:
+    def _check_size(self, images: Tensor, *, is_any: bool = False) -> None:
         check_images(images)
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"images has shape {tuple(images.shape)}, whose sides are not multiples of patch_size {self.patch_size}"
             )
-        if (height, width) != (self.img_size, self.img_size):
+        if is_any and height == width:
+            cell_sizes(img_size=height, patch_size=self.patch_size)
+        elif (height, width) != (self.img_size, self.img_size):
             expected = (len(images), 3, self.img_size, self.img_size)
             raise ValueError(f"images has shape {tuple(images.shape)}, expected {expected}")
 

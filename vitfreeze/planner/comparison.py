@@ -10,8 +10,8 @@ from typing import Any
 from vitfreeze.config import Config
 from vitfreeze.planner.prediction import Plan, Stage, plan
 
-# Frozen layers, mask ratio and decoded share: what decides the cost of a step.
-_Kind = tuple[int, float, float]
+# Frozen layers, image size, mask ratio and decoded share: what decides the cost of a step.
+_Kind = tuple[int, int, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def compare_with_measurement(
     previous, first = 0, plan.stages[0].images
     for line in sorted(metrics, key=lambda line: line["step"]):
         kind = (
-            line["frozen_layers"], line.get("mask_ratio", first.mask_ratio),
+            line["frozen_layers"], line.get("img_size", first.img_size), line.get("mask_ratio", first.mask_ratio),
             line.get("decoded_share", first.decoded_share),
         )  # fmt: skip
         covered[kind] = covered.get(kind, 0) + line["step"] - previous
@@ -63,7 +63,9 @@ def compare_with_measurement(
         previous = line["step"]
     if not is_comparable(metrics):
         raise ValueError("the metrics hold no step before the first freeze, so there is no speed to compare with")
-    planned = {(s.frozen_layers, s.images.mask_ratio, s.images.decoded_share): s for s in plan.stages}
+    planned = {
+        (s.frozen_layers, s.images.img_size, s.images.mask_ratio, s.images.decoded_share): s for s in plan.stages
+    }
     unfrozen = next(kind for kind in lines if kind[0] == 0)
     # A step costs 1 without freezing and curriculum; the plan says what the first stage costs beside that.
     start = median([line["images_per_second"] for line in _settled(lines[unfrozen])]) * planned[unfrozen].relative_cost

@@ -106,6 +106,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def plain_epochs(self) -> float:
+        """Epochs without freezing and curriculum that the same GPU-hours buy: what a saving has to be held against."""
+        return self.gpu_hours / (self.gpu_hours + self.gpu_hours_saved) * self.total_steps / self.steps_per_epoch
+
+    @property
     def freezing(self) -> str:
         """How layers freeze, in words."""
         if self.mode != "schedule":

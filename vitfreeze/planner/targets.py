@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vitfreeze.config import POWERS, Config, ConfigError
+from vitfreeze.config import POWERS, Config, ConfigError, CurriculumConfig
 from vitfreeze.planner.costs import costs_of
 from vitfreeze.planner.measured import StepTimes, relative_cost
 from vitfreeze.schedule import FreezeSchedule, build_schedule
@@ -44,7 +44,8 @@ def describe_authors(config: Config) -> str:
     if not _is_authors_model(config) or config.freeze.mode == "adaptive" or config.optim.schedule != "cosine":
         return ""
     t_0 = 1.0 if config.freeze.mode == "off" else config.freeze.t_0
-    if config.freeze.mode == "schedule" and config.freeze.rates != "cosine":
+    has_curriculum = config.curriculum != CurriculumConfig()
+    if has_curriculum or (config.freeze.mode == "schedule" and config.freeze.rates != "cosine"):
         return ""
     return find_authors_results(config.freeze.how, t_0=t_0, scale_lr=config.freeze.scale_lr)
 

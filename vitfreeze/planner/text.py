@@ -43,6 +43,7 @@ def _format_stages(plan: Plan) -> str:
         "step",
         "epoch",
         "of run",
+        "pixels",
         "masked",
         "decoded",
         "freezes",
@@ -55,7 +56,8 @@ def _format_stages(plan: Plan) -> str:
     rows = [heading + ["memory", "step ms", "step cost"] + (["comm. ms"] if plan.bandwidth_gigabytes else [])]
     for stage in plan.stages:
         row = [
-            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", f"{stage.images.mask_ratio:g}",
+            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", str(stage.images.img_size),
+            f"{stage.images.mask_ratio:g}",
             f"{stage.images.decoded_share:g}", _name_layers(stage),
             " ".join(str(head) for head in stage.heads_left), f"{stage.trainable_parameters / 1e6:.2f} M",
             format_bytes(stage.optimizer_state_bytes), format_bytes(stage.gradient_bytes_per_step),
@@ -83,6 +85,8 @@ def _format_whole(plan: Plan) -> str:
     ]
     if not math.isclose(plan.saving, plan.flops_saving, abs_tol=1e-9):
         lines.append(f"        {plan.flops_saving:.1%} of the counted operations")
+    if plan.saving:
+        lines.append(f"        The same GPU-hours buy {plan.plain_epochs:.1f} epochs without freezing and curriculum")
     last = plan.stages[-1]
     lines.append(
         f"Peak memory: {format_bytes(plan.peak_memory_bytes)} a rank, {format_bytes(last.memory_bytes)} in the last "

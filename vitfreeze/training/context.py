@@ -74,6 +74,7 @@ class Run:
             **self._measure_use(figures["images_per_second"], now),
             lr=now.learning_rates,
             frozen_layers=now.frozen_layers,
+            img_size=now.images.img_size,
             mask_ratio=now.images.mask_ratio,
             decoded_share=now.images.decoded_share,
             optimizer_state_bytes=engine.optimizer_state_bytes(),

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from vitfreeze.checkpoint import SaveSchedule
+from vitfreeze.curriculum import ImageStage
 from vitfreeze.data import Batch, TrainLoader
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
@@ -101,7 +103,7 @@ def train(run: Run, *, start_step: int) -> bool:
             now = schedule.at(step)
             froze, began = freeze_layers(run, now), begin_stage(run, now)
             if batches is None or froze or began:
-                batches = feed(run, now, batches)
+                batches = feed(run, now, batches, froze=froze)
             engine.set_learning_rates(now.learning_rates)
             take_step(run, now, batches, guard)
             run.reporter.advance()
@@ -150,24 +152,31 @@ def begin_stage(run: Run, now: ScheduledStep) -> bool:
     images = now.images
     if now.step == 0 or now.step != images.first_step:
         return False
-    message = f"step {now.step}: mask ratio {images.mask_ratio:g}, decoded share {images.decoded_share:g} from here on"
+    message = (
+        f"step {now.step}: images of {images.img_size} pixels, mask ratio {images.mask_ratio:g}, decoded share "
+        f"{images.decoded_share:g} from here on"
+    )
     run.reporter.log_event("stage", now.step, message=message, **asdict(images))
     run.meter.restart()
     return True
 
 
-def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None) -> Iterator[Batch]:
-    """Return the batches to go on with: in larger micro-batches if freezing has made room for them."""
-    engine = run.engine
-    micro_batch, accumulation = fit_micro_batch(
-        run.config,
-        world_size=engine.world_size,
-        frozen_layers=now.frozen_layers,
-        precision=engine.settings.precision,
-        images=now.images,
-    )
-    if batches is not None and micro_batch == engine.micro_batch:
-        return batches
+def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None, *, froze: bool) -> Iterator[Batch]:
+    """Return the batches to go on with: in larger micro-batches if freezing or smaller images make room for them."""
+    engine, schedule = run.engine, run.schedule
+
+    @cache
+    def fit(frozen_layers: int, images: ImageStage) -> tuple[int, int]:
+        return fit_micro_batch(
+            run.config, world_size=engine.world_size, frozen_layers=frozen_layers, images=images,
+            precision=engine.settings.precision,
+        )  # fmt: skip
+
+    def shape_at(step: int) -> tuple[int, int]:
+        images = schedule.curriculum.at(step)
+        return images.img_size, fit(schedule.frozen_layers(step), images)[0]
+
+    micro_batch, accumulation = fit(now.frozen_layers, now.images)
     if micro_batch != engine.micro_batch:
         engine.set_micro_batch(micro_batch, accumulation=accumulation)
         message = (
@@ -176,7 +185,11 @@ def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None) -> Itera
         run.reporter.log_event(
             "micro_batch", now.step, message=message, micro_batch=micro_batch, accumulation=accumulation
         )
-    return run.loader.batches(now.step, run.schedule.total_steps, micro_batch=micro_batch, device=engine.device)
+    # What adaptive freezing will free is not known when batches are ordered.
+    surprised = froze and schedule.adaptive is not None and run.config.batch.grow_micro_batch
+    if batches is not None and not surprised:
+        return batches
+    return run.loader.batches(now.step, schedule.total_steps, shape_at=shape_at, device=engine.device)
 
 
 def take_step(run: Run, now: ScheduledStep, batches: Iterator[Batch], guard: RunGuard) -> None:
