@@ -188,7 +188,7 @@ class ModelConfig:
     compile: bool = option(False, "torch.compile each block", may_change=True)
     init_from: str = option(
         "",
-        "first weights: a run, an export, LocalMIM's, MAE's or DINO's .pth, timm:NAME",
+        "first weights: a run, an export, a .pth of LocalMIM, MAE or DINO, timm:NAME",
         may_change=True,
         is_path=True,
     )

@@ -83,9 +83,9 @@ def read_pretrained(location: str | Path) -> Pretrained:
     """Read weights from wherever they are.
 
     Args:
-        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM, MAE or DINO, a
-            .safetensors file that `vitfreeze export` or timm wrote, or 'timm:' with the name of a model that timm
-            fetches from its hub. Nothing is unpickled but tensors, plain containers and the arguments beside them.
+        location: a run folder (its newest whole checkpoint), one checkpoint in it, a .pth file of LocalMIM, MAE or
+            DINO, a .safetensors file that `vitfreeze export` or timm wrote, or 'timm:' with the name of a model that
+            timm fetches from its hub. Nothing is unpickled but tensors, plain containers and the arguments beside them.
 
     Raises:
         ValueError: nothing there can be used; the message says what was found and what is allowed.
