@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_prep.catalogue import ImageSet
 from data_prep.errors import InputError, OutputError
-from data_prep.splits import ImageSet
 from data_prep.workers import default_workers
 
 SHOWN_PROBLEMS = 10  # of one shard

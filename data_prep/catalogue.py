@@ -1,6 +1,7 @@
-"""The list of images of one split, held in a few flat arrays: about 90 bytes an image, so that millions fit.
+"""What every source of images is turned into: class names, and the images of each split in a few flat arrays.
 
-A full ImageNet has 1.28 million training images; one Python object for each of its strings would cost ten times that.
+A full ImageNet has 1.28 million training images: about 90 bytes for each, where one Python object for each of its
+strings would cost ten times that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -102,6 +103,31 @@ class Catalogue(Protocol):
     def fingerprint(self) -> str: ...
 
     def total_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set to be packed: class names in label order, a catalogue per split, and what the user should know.
+
+    `splits` has the keys "train", "validation" or both; `notes` are sentences on what was found in the source,
+    and `drawn` says that the images are made here, so that their bytes depend on the encoder.
+    """
+
+    classes: Sequence[str]
+    splits: Mapping[str, Catalogue]
+    notes: Sequence[str] = ()
+    drawn: bool = False
+
+
+def choose_classes(classes: Sequence[str], limit: int | None) -> list[str]:
+    """The first `limit` classes; all without a limit.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if limit is not None and not 1 <= limit <= len(classes):
+        raise InputError(f"--limit-classes must be between 1 and {len(classes)}, the number of classes, not {limit}.")
+    return list(classes[:limit])
 
 
 class TextColumn:

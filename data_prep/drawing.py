@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from data_prep.catalogue import Catalogue, Record
+from data_prep.catalogue import Catalogue, ImageSet, Record
 from data_prep.errors import InputError
-from data_prep.splits import ImageSet
 
 JPEG_QUALITY = 90
 TRAIN_FRACTION = 0.8

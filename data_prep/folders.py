@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_prep.catalogue import NO_LABEL, FileCatalogue, Listing, clean_key, number_repeated
+from data_prep.catalogue import NO_LABEL, FileCatalogue, ImageSet, Listing, choose_classes, clean_key, number_repeated
 from data_prep.errors import InputError
-from data_prep.splits import ImageSet, choose_classes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_FOLDERS = ("train", "training")

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.archives import list_inner, list_members
-from data_prep.catalogue import Catalogue, FileCatalogue, Listing, clean_key
+from data_prep.catalogue import Catalogue, FileCatalogue, ImageSet, Listing, choose_classes, clean_key
 from data_prep.devkit import WNID, DevelopmentKit
 from data_prep.errors import InputError
 from data_prep.folders import find_images, list_class_folders, list_labelled
 from data_prep.progress import show_progress
-from data_prep.splits import ImageSet, choose_classes
 from data_prep.workers import run_tasks
 from data_prep.writer import PRELOADED
 

@@ -6,12 +6,11 @@ import csv
 import os
 from pathlib import Path
 
-from data_prep.catalogue import Listing
+from data_prep.catalogue import ImageSet, Listing
 from data_prep.devkit import WNID
 from data_prep.errors import InputError
 from data_prep.folders import find_images, list_class_folders
 from data_prep.imagenet import LabelledFiles, assemble, list_wnid_folders
-from data_prep.splits import ImageSet
 
 
 def read_kaggle(root: Path, *, limit_classes: int | None) -> ImageSet:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import PIL
 
-from data_prep.catalogue import Catalogue
+from data_prep.catalogue import Catalogue, ImageSet
 from data_prep.errors import InputError, OutputError
 from data_prep.images import DEFAULT_QUALITY
 from data_prep.manifest import SKIPPED, Journal, Manifest, write_descriptions
 from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry, shard_names
-from data_prep.splits import ImageSet
 from data_prep.workers import run_tasks
 from data_prep.writer import PRELOADED, ShardTask, finish_shard
 

@@ -91,7 +91,7 @@ def engine() -> Iterator[FreezingEngine]:
 
 def resume(run_dir: Path, engine: FreezingEngine) -> None:
     """What `vitfreeze pretrain` reads of a run folder."""
-    start = choose_start(Config(), run_dir, fresh=False, ranks=ALONE)
+    start = choose_start(Config(), run_dir, fresh=False, ranks=ALONE, steps_per_epoch=625)
     read_json_lines(run_dir / "metrics.jsonl")
     read_json_lines(run_dir / "events.jsonl")
     if start.checkpoint:

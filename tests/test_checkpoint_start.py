@@ -35,7 +35,7 @@ def engine() -> Iterator[FreezingEngine]:
 
 def start(config: Config, directory: Path, *, fresh: bool = False) -> Start:
     with RunFolder(directory, ranks=ALONE):
-        return choose_start(config, directory, fresh=fresh, ranks=ALONE)
+        return choose_start(config, directory, fresh=fresh, ranks=ALONE, steps_per_epoch=625)
 
 
 def save(engine: FreezingEngine, directory: Path, step: int, *, config: Config | None = None, **extra: str) -> Path:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,9 @@ import pytest
 import torch
 from tiny_shards import open_loader, write_shards
 
-from vitfreeze.data import TrainLoader
+from vitfreeze.data import Batch, TrainLoader
+from vitfreeze.data.errors import ShardError
+from vitfreeze.data.loading import bring_ahead
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,4 +116,43 @@ def test_ring_never_overtakes(shards: Path, slow: str) -> None:
     for batch, images in zip(make_loader(shards, **settings).batches(0, 30), expected, strict=True):
         if slow == "reader":
             time.sleep(0.01)
+        assert torch.equal(batch.images, images)
+
+
+def test_batches_are_brought_ahead_without_change(shards: Path) -> None:
+    """Also across epochs, whose reports come when their last batch has been handed out, not when it was fetched."""
+    loader, device = make_loader(shards, workers=0), torch.device("cpu")
+    expected = list(make_loader(shards, workers=0).batches(3, 40))
+    reported = []
+    for number, batch in enumerate(loader.batches(3, 40, device=device)):
+        assert batch.keys == expected[number].keys
+        assert torch.equal(batch.images, expected[number].images)
+        assert torch.equal(batch.noise, expected[number].noise)
+        reported += [(batch.step, report.epoch) for report in loader.take_reports()]
+    assert number == len(expected) - 1
+    assert reported == [(15, 0), (30, 1)]
+
+
+def test_an_error_waits_for_its_turn() -> None:
+    def serve() -> Iterator[Batch]:
+        for step in range(2):
+            empty = torch.zeros(1)
+            yield Batch(
+                images=empty, labels=empty, noise=empty, keys=(), indices=empty, epoch=0, step=step, wait_seconds=0
+            )
+        raise ShardError("the third is bad")
+
+    taken = bring_ahead(serve(), torch.device("cpu"))
+    assert [next(taken).step, next(taken).step] == [0, 1]
+    with pytest.raises(ShardError, match="the third is bad"):
+        next(taken)
+
+
+@pytest.mark.distributed
+def test_workers_that_are_not_forked_make_the_same_batches(shards: Path) -> None:
+    """As on a GPU, where a fork after NCCL has started is not safe."""
+    expected = [batch.images for batch in make_loader(shards, workers=0).batches(0, 20)]
+    loader = make_loader(shards, workers=2)
+    loader.start_method = "spawn"
+    for batch, images in zip(loader.batches(0, 20), expected, strict=True):
         assert torch.equal(batch.images, images)

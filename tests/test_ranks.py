@@ -102,3 +102,26 @@ def test_ranks_pass_facts_on_the_default_group_and_on_their_own() -> None:
             # a JSONDecodeError there, which is a ValueError
             "ValueError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
         ]
+
+
+def timeouts_of_groups() -> list[float]:
+    from datetime import timedelta
+
+    import engine_scenarios as scenarios
+    from torch.distributed import distributed_c10d
+
+    from vitfreeze.engine import FreezingEngine
+    from vitfreeze.ranks import set_group_timeouts
+
+    engine = scenarios.build(FreezingEngine, scenarios.ds_config(1, "fp32"))
+    engine.ranks.on_cpu()
+    set_group_timeouts(timedelta(minutes=90))
+    groups = [*distributed_c10d._world.pg_map]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.distributed
+def test_every_group_waits_longer_than_the_watchdog() -> None:
+    for timeouts in run_ranks(timeouts_of_groups):
+        assert len(timeouts) == 3, "the default group, ZeRO's, and ours"
+        assert set(timeouts) == {90 * 60.0}

@@ -127,6 +127,9 @@ def _add_training(commands: Commands, task: str, *, help: str) -> None:
     parser = _add_command(commands, task, _train, help=help)
     _add_recipe(parser)
     parser.add_argument("--fresh", action="store_true", help="start a new run; refuse a folder that holds one")
+    parser.add_argument(
+        "--cooldown", metavar="FROM", help="with optim.schedule=wsd: cool a run or checkpoint down in another run.dir"
+    )
 
 
 def _train(parsed: argparse.Namespace) -> int:
@@ -134,7 +137,12 @@ def _train(parsed: argparse.Namespace) -> int:
     from vitfreeze.training.pretrain import pretrain
 
     train = {"pretrain": pretrain, "finetune": finetune}[parsed.command]
-    return train(_read_config(parsed), fresh=parsed.fresh)
+    config = _read_config(parsed)
+    if parsed.cooldown:
+        from vitfreeze.training.start import begin_cooldown
+
+        config = begin_cooldown(config, parsed.cooldown)
+    return train(config, fresh=parsed.fresh)
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

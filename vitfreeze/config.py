@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -635,6 +635,11 @@ class StepCounts:
     cooldown_steps: int
     end_step: int
 
+    @property
+    def cooldown_start(self) -> int:
+        """The step at which the cooldown begins."""
+        return self.end_step - self.cooldown_steps
+
 
 def check_run_length(*, total_steps: int, warmup_steps: int) -> None:
     """Refuse a run without steps, and a warm-up that leaves no step after it; raises ArgumentError."""
@@ -699,11 +704,11 @@ def explain_config(config: Config) -> str:
     return "\n".join(lines)
 
 
-def differing_settings(config: Config, other: Config) -> list[str]:
-    """Return a line for each setting that a resumed run may not change and that differs between the two."""
+def differing_settings(config: Config, other: Config, *, free: Collection[str] = ()) -> list[str]:
+    """Return a line for each setting, but `free` ones, that a resumed run may not change and that differs."""
     lines = []
     for (key, mine, option_field), (_, theirs, _) in zip(settings(config), settings(other), strict=True):
-        if mine != theirs and not option_field.metadata["may_change"]:
+        if mine != theirs and key not in free and not option_field.metadata["may_change"]:
             lines.append(f"{key}: {_plain(theirs)!r} there, {_plain(mine)!r} now")
     return lines
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import ReduceOp, distributed_c10d
 
 
 class ClusterError(ValueError):
@@ -109,6 +109,19 @@ class Ranks:
         """Return the largest of each value."""
         return self._reduce(torch.tensor(values, device=self.device), ReduceOp.MAX).tolist()
 
+    def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin `max`, and return the function that waits for its answer; all ranks call that, too."""
+        largest = torch.tensor(values, device=self.device)
+        if self.world_size == 1:
+            return largest.tolist
+        work = torch.distributed.all_reduce(largest, op=ReduceOp.MAX, group=self.group, async_op=True)
+
+        def wait() -> list[int]:
+            work.wait()
+            return largest.tolist()
+
+        return wait
+
     def gather(self, value: Any) -> list[Any]:
         """Return the JSON-able value of each rank, by rank."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -152,6 +165,15 @@ class Ranks:
         total = tensor.to(self.device, copy=True)
         torch.distributed.all_reduce(total, op=operation, group=self.group)
         return total.to(tensor.device)
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Let the collectives of every process group there is wait so long for other ranks before they abort.
+
+    Groups that somebody else creates, as ZeRO does, have torch's default otherwise: 10 minutes on NCCL.
+    """
+    for group in [*distributed_c10d._world.pg_map]:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def group_ranks(values: Sequence[str]) -> dict[str, list[int]]:

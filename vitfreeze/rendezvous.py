@@ -56,7 +56,7 @@ class Rendezvous:
     """
 
     def __init__(self, purpose: str, *, launch: LaunchEnvironment, timeout: timedelta) -> None:
-        self.launch = launch
+        self.launch, self.rank, self.world_size = launch, launch.rank, launch.world_size
         self.timeout = timeout
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
         store = PrefixStore(f"vitfreeze/{purpose}/{attempt}", _open_store(launch, timeout))
@@ -64,16 +64,6 @@ class Rendezvous:
         number = (store.add("entered", 1) - 1) // launch.world_size
         self.store: Store = PrefixStore(str(number), store)
         self._rounds = 0
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.launch.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.launch.world_size
 
     def wait_for_ranks(self) -> list[str]:
         """Wait until every rank is there and return the host of each.

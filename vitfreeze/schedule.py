@@ -393,6 +393,7 @@ class RunSchedule:
         length: steps of the run as it was planned, of which shares are taken; a cooldown may end it before.
         heads_lr: global: heads follow `shared`; layer: the rate of the layer that they leave with.
         caps_layers: no layer has a higher rate than `shared`.
+        least_frozen: layers that were frozen when the run was lengthened, and stay so.
         weight_rows: the weights of the scales' losses, as `loss.scale_weights` gives them.
         layer_decay: factor on the rate from each layer to the one below it (Clark et al., "ELECTRA", ICLR 2020).
     """
@@ -404,6 +405,7 @@ class RunSchedule:
     adaptive: AdaptiveFreezing | None = None
     heads_lr: str = "global"
     caps_layers: bool = False
+    least_frozen: int = 0
     weight_rows: tuple[tuple[float, tuple[float, ...]], ...] = ()
     layer_decay: float = 1.0
 
@@ -452,7 +454,8 @@ class RunSchedule:
         """Return (step, frozen_layers from then on) for every step at which the prefix grows; adaptive: so far."""
         if self.layers is not None:
             steps = sorted({self.layers.freeze_step(layer) for layer in range(self.layers.num_layers)})
-            return tuple((step, self._frozen_layers(step)) for step in steps if step < self.total_steps)
+            found = ((step, self._frozen_layers(step)) for step in steps if step < self.total_steps)
+            return tuple((step, frozen) for step, frozen in found if frozen > self.least_frozen)
         changes: list[tuple[int, int]] = []
         for check in self.adaptive.log if self.adaptive is not None else ():
             if check.frozen_layers > (changes[-1][1] if changes else 0):
@@ -461,7 +464,7 @@ class RunSchedule:
 
     def _frozen_layers(self, step: int) -> int:
         if self.layers is not None:
-            return self.layers.frozen_layers(step)
+            return max(self.least_frozen, self.layers.frozen_layers(step))
         return self.adaptive.frozen_layers(step) if self.adaptive is not None else 0
 
     def _scale_weights(self, step: int) -> tuple[float, ...] | None:
@@ -479,10 +482,13 @@ def units_of(config: Config) -> tuple[FreezeUnit, ...]:
     return localmim_units(depth, cls_token=freeze.cls_token, patch_embed=freeze.patch_embed)
 
 
-def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]] = ()) -> RunSchedule:
+def build_schedule(
+    config: Config, *, steps_per_epoch: int, events: Iterable[Mapping[str, Any]] = (), least_frozen: int = 0
+) -> RunSchedule:
     """Build the schedule of a run from its settings, with all durations converted to steps.
 
-    `events` are the lines of the run's events.jsonl, for freeze.mode adaptive on resume.
+    `events` are the lines of the run's events.jsonl, for freeze.mode adaptive on resume; `least_frozen` layers are
+    frozen already, which in a longer run would still train.
 
     Raises:
         ConfigError: a setting that cannot be used with this many steps.
@@ -518,6 +524,7 @@ def build_schedule(config: Config, *, steps_per_epoch: int, events: Iterable[Map
         adaptive=adaptive,
         heads_lr=freeze.heads_lr,
         caps_layers=freeze.rates == "global" or config.optim.schedule == "wsd",
+        least_frozen=least_frozen,
         weight_rows=config.loss.scale_weights,
         layer_decay=config.finetune.layer_decay if config.run.task == "finetune" else 1.0,
     )

@@ -7,10 +7,11 @@ is starting at another step, and ranks, workers and accumulation change who make
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -26,13 +27,13 @@ from vitfreeze.data.downloads import DownloadCache, default_cache_dir
 from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_reports
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder
-from vitfreeze.data.shards import ShardReader, ShardSet, find_shards
+from vitfreeze.data.shards import ShardReader, find_shards
 from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch, on the CPU.
+    """One micro-batch, on the CPU or where `TrainLoader.batches` was told to bring it.
 
     Attributes:
         images: (B, 3, H, W) uint8, contiguous; `normalize` them on the device.
@@ -57,6 +58,11 @@ class Batch:
     wait_seconds: float
     skipped: Sequence[SkippedSample] = ()
     fallbacks: int = 0
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on a device; the copies are under way, and the host has not waited."""
+        images, labels, noise = (x.to(device, non_blocking=True) for x in (self.images, self.labels, self.noise))
+        return replace(self, images=images, labels=labels, noise=noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,42 @@ class ReadOptions:
             check_argument(f"data.{name}", getattr(self, name))
 
 
+def bring_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device, each taken and copied while the device still computes on the one before it.
+
+    On a GPU the copies have a stream of their own, so that they wait for nothing and nothing waits for them. An error
+    is raised in the place of the batch that it befell.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ready, error = None, None
+    with contextlib.closing(batches):  # type: ignore[type-var]  # a generator
+        while error is None:
+            try:
+                with torch.cuda.stream(stream):
+                    coming = next(batches, None)
+                    coming = coming and coming.to(device)
+                    copied = stream.record_event() if stream is not None else None
+            except ShardError as met:
+                coming, error = None, met
+            if ready is not None:
+                yield _await_copies(*ready)
+            if coming is None:
+                break
+            ready = coming, copied
+    if error is not None:
+        raise error
+
+
+def _await_copies(batch: Batch, copied: torch.cuda.Event | None) -> Batch:
+    """Let the stream that computes wait for a batch's copies; the host does not."""
+    if copied is not None:
+        stream = torch.cuda.current_stream(batch.images.device)
+        stream.wait_event(copied)
+        for tensor in (batch.images, batch.labels, batch.noise):
+            tensor.record_stream(stream)
+    return batch
+
+
 class _Loader:
     """What the loaders for training and evaluation share: the shards, the workers and the account of an epoch."""
 
@@ -105,9 +147,12 @@ class _Loader:
         options = options or ReadOptions()
         self.rank, self.world_size, self.options = rank, world_size, options
         self.pin_memory = torch.cuda.is_available()  # page-locked batches, for asynchronous copies
+        # A fork copies the locks that threads of CUDA and NCCL hold at that instant, and may wait for them for ever.
+        self.start_method = "spawn" if torch.cuda.is_available() else None
         folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
+        self.shards = find_shards(shards, split=split, allow_pipe=options.allow_pipe)
         self.reader = ShardReader(
-            find_shards(shards, split=split, allow_pipe=options.allow_pipe),
+            self.shards,
             downloads=DownloadCache(
                 folder / "shards", max_bytes=options.cache_gigabytes * 1e9, allow_pipe=options.allow_pipe
             ),
@@ -124,11 +169,6 @@ class _Loader:
         self._report: EpochReport | None = None  # of the epoch under way
         self._reports: list[EpochReport] = []
         self._work_seconds = self._work_images = 0.0
-
-    @property
-    def shards(self) -> ShardSet:
-        """The shards that are read."""
-        return self.reader.shards
 
     def take_reports(self) -> list[EpochReport]:
         """Return the reports of the epochs that ended since the last call."""
@@ -186,6 +226,7 @@ class _Loader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
+            multiprocessing_context=self.start_method if workers else None,
             collate_fn=return_as_is,
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # seeds the workers; without one, torch draws from the caller's
@@ -213,7 +254,7 @@ class _Loader:
         noise = torch.empty((count, ring.noise.shape[2]), pin_memory=self.pin_memory)
         return Batch(
             images=images.copy_(ring.images[answer.slot, :count]),
-            labels=torch.from_numpy(answer.labels),
+            labels=torch.from_numpy(answer.labels).pin_memory() if self.pin_memory else torch.from_numpy(answer.labels),
             noise=noise.copy_(ring.noise[answer.slot, :count]),
             keys=answer.keys,
             indices=torch.from_numpy(answer.indices),
@@ -313,12 +354,14 @@ class TrainLoader(_Loader):
             )
         return self.global_batch // (micro_batch * self.world_size)
 
-    def position(self, step: int) -> Mapping[str, int]:
-        """Return {epoch, samples_consumed}: the epoch a step belongs to and the images of it that came before."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return {"epoch": epoch, "samples_consumed": step_in_epoch * self.global_batch // self.crops_per_image}
-
-    def batches(self, start_step: int, total_steps: int, *, micro_batch: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self,
+        start_step: int,
+        total_steps: int,
+        *,
+        micro_batch: int | None = None,
+        device: torch.device | None = None,
+    ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of steps start_step..total_steps, across epochs, by the same workers.
 
         Starting anywhere costs the same. Close the iterator (or let it go) to stop the workers.
@@ -327,6 +370,7 @@ class TrainLoader(_Loader):
             start_step: first optimizer step, from 0.
             total_steps: the step to stop before.
             micro_batch: another size of micro-batch than the loader's, for the same global batches.
+            device: bring the batches there, one ahead of the one that is asked for; None: leave them on the CPU.
 
         Raises:
             ShardError: a shard is unusable, or more samples than `max_bad_fraction` are.
@@ -337,7 +381,8 @@ class TrainLoader(_Loader):
         size = micro_batch or self.micro_batch
         requests = self._requests(start_step, total_steps, size, self.accumulation(size))
         images = self.steps_per_epoch * self.global_batch // self.crops_per_image
-        for batch in self._serve(requests, largest=size):
+        batches = self._serve(requests, largest=size)
+        for batch in batches if device is None else bring_ahead(batches, device):
             self._count(batch, epoch_images=images)
             yield batch
         self._end_epoch()

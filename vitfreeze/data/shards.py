@@ -33,6 +33,7 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 _BLOCK = 512
 _INDEX_VERSION = 2
+_INDEX_ARRAYS = ("offsets", "sizes", "labels")
 _LONGEST_LABEL = 32  # bytes; a class index needs fewer
 
 
@@ -496,16 +497,11 @@ class ShardReader:
 def _write_index(index: ShardIndex, path: Path) -> None:
     """Store an index; a folder that cannot be written costs time at the next start and nothing else."""
     text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "complete": index.complete})
+    arrays = {name: getattr(index, name) for name in _INDEX_ARRAYS}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as partial, partial.open("wb") as file:
-            np.savez(
-                file,
-                offsets=index.offsets,
-                sizes=index.sizes,
-                labels=index.labels,
-                text=np.frombuffer(text.encode(), dtype=np.uint8),
-            )
+            np.savez(file, text=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
     except OSError as error:
         _log.warning("the headers of the shards are read anew at each start: %s cannot be written (%s)", path, error)
 
@@ -516,10 +512,8 @@ def _read_index(path: Path) -> ShardIndex | None:
         with np.load(path, allow_pickle=False) as arrays:
             facts = json.loads(arrays["text"].tobytes())
             return ShardIndex(
+                **{name: arrays[name] for name in _INDEX_ARRAYS},
                 keys=facts["keys"],
-                offsets=arrays["offsets"],
-                sizes=arrays["sizes"],
-                labels=arrays["labels"],
                 defects={int(place): str(reason) for place, reason in facts["defects"]},
                 complete=bool(facts["complete"]),
             )

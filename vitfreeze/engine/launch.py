@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
@@ -65,6 +66,8 @@ def join_ranks() -> Ranks:
     with rendezvous.raise_on_all_ranks() if rendezvous is not None else nullcontext():
         check_build(device)
     with redirect_stdout(io.StringIO()) as said:  # stdout is for a command's findings; DeepSpeed names a kernel there
+        if not torch.distributed.is_initialized():
+            atexit.register(_leave_ranks)
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     log.debug("DeepSpeed said: %s", said.getvalue())
     del rendezvous
@@ -74,3 +77,9 @@ def join_ranks() -> Ranks:
         local_rank=local_rank,
         device=device,
     )
+
+
+def _leave_ranks() -> None:
+    """Take the process groups down in order, so that NCCL does not warn of leaks nor wait for them at the end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

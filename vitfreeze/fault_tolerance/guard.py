@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from vitfreeze.engine import FreezingEngine
 from vitfreeze.fault_tolerance.losses import LossGuard, RunFailedError
 from vitfreeze.fault_tolerance.signals import StopSignals
 from vitfreeze.fault_tolerance.watchdog import Watchdog
+from vitfreeze.ranks import set_group_timeouts
 from vitfreeze.report import Reporter
 from vitfreeze.text import format_bytes
 
@@ -66,11 +68,14 @@ class RunGuard:
         )  # fmt: skip
         # Small answers on the CPU, so that agreeing on them never waits for the device.
         self._ranks = engine.ranks.on_cpu()
+        if config.run.watchdog_minutes and engine.world_size > 1:  # a hang is reported before a collective gives up
+            set_group_timeouts(timedelta(minutes=config.run.watchdog_minutes, hours=1))
         self._parts = ExitStack()
 
     def __enter__(self) -> RunGuard:
         self._parts.enter_context(self.signals)
         self._parts.enter_context(self.watchdog)
+        self._ask_for(self.saves.last_started + 1)
         return self
 
     def __exit__(
@@ -84,16 +89,15 @@ class RunGuard:
         Raises:
             RunFailedError: a loss was not finite, too many steps in a row were skipped, or the last save failed.
         """
-        self.losses.close_step(was_skipped=self.engine.overflowed)
+        self.losses.close_step(was_skipped=self.engine.overflow)
         last = done == self.total_steps
-        if self.engine.overflowed:
-            self.reporter.log_event("skipped", done, loss_scale=self.engine.loss_scale)
-        # While steps are being skipped the weights may be spoiled already, and older checkpoints are worth more.
-        saves_now = self.saves.is_due(done) and not self.writer.is_busy and not self.losses.skipped_in_a_row
-        stop, save = self._agree(stop=bool(self.signals.received), save=saves_now)
+        stop, save = self._hear()
         if save or stop or last:
-            # What is saved must be sound, so here, and only here, the last step is judged, too.
-            self._agree(include_last=True)
+            # What is saved must be sound, so here, and only here, the last step is judged, too, and waited for.
+            self._ask(include_last=True)
+            self._hear()
+        # While steps are being skipped the weights may be spoiled already, and older checkpoints are worth more.
+        save = save and not self.losses.skipped_in_a_row
         self._log_save(self.writer.poll())
         if save or stop or last:
             self._save(done, wait=stop or last)
@@ -101,18 +105,30 @@ class RunGuard:
         if stops:
             name = self.signals.received or "another rank's signal"
             self.reporter.log_event("stop", done, message=f"step {done}: stopped by {name}", signal=name)
+        elif not last:
+            self._ask_for(done + 1)
         self.watchdog.beat(done)
         return stops
 
-    def _agree(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> tuple[bool, bool]:
+    def _ask_for(self, done: int) -> None:
+        """Begin to ask all ranks what to do when `done` steps have been taken; the answer travels beside the next."""
+        self._ask(stop=bool(self.signals.received), save=self.saves.is_due(done) and not self.writer.is_busy)
+
+    def _ask(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> None:
+        """Begin to tell all ranks what this one wants and found."""
+        rank, failures = self._ranks.rank, [0] * self._ranks.world_size  # by rank: the failed step, counted from 1
+        failures[rank] = self.losses.find_failure(include_last=include_last) or 0
+        self._answer = self._ranks.begin_max([stop, save and rank == 0, *failures])
+
+    def _hear(self) -> tuple[bool, bool]:
         """Return whether to stop and whether to save; rank 0's clock decides about saving, any rank may stop the run.
 
         Raises:
             RunFailedError: a rank found a loss that is not finite, or too many steps in a row were skipped.
         """
-        rank, failures = self._ranks.rank, [0] * self._ranks.world_size  # by rank: the failed step, counted from 1
-        failures[rank] = self.losses.find_failure(include_last=include_last) or 0
-        wants_stop, wants_save, *failures = self._ranks.max([stop, save and rank == 0, *failures])
+        wants_stop, wants_save, *failures = self._answer()
+        for step in self.losses.take_skipped():
+            self.reporter.log_event("skipped", step, loss_scale=self.engine.loss_scale)
         failed_ranks = [number for number, step in enumerate(failures) if step]
         if failed_ranks or self.losses.has_skipped_too_often:
             self._fail(failed_ranks, step=max(failures) if failed_ranks else None)

@@ -25,25 +25,34 @@ class _Step:
     number: int
     keys: list[Sequence[str]] = field(default_factory=list)
     losses: list[Mapping[str, Tensor]] = field(default_factory=list)
-    totals: Tensor | None = None  # on the CPU, when `ready` has happened
+    totals: Tensor | None = None  # and whether the step was skipped; on the CPU, when `ready` has happened
     ready: torch.cuda.Event | None = None
-    was_skipped: bool = False
+    is_counted: bool = False
 
-    def close(self, *, was_skipped: bool) -> None:
+    def close(self, *, was_skipped: Tensor | bool) -> None:
         """Send the losses on their way to the CPU; nothing waits for their arrival yet."""
-        self.was_skipped = was_skipped
-        device_totals = torch.stack([losses["loss"] for losses in self.losses])
+        losses = [losses["loss"].float() for losses in self.losses]
+        skipped = torch.full_like(losses[0], was_skipped) if isinstance(was_skipped, bool) else was_skipped
+        device_totals = torch.stack([*losses, skipped])
         self.totals = device_totals.to("cpu", non_blocking=True)
         if device_totals.device.type == "cuda":
             self.ready = torch.cuda.Event()
             self.ready.record()
 
-    def is_finite(self) -> bool:
-        """Wait for this step's losses, not for those of later steps, and judge them."""
+    def _wait(self) -> Tensor:
+        """Wait for this step's figures, not for those of later steps."""
         if self.ready is not None:
             self.ready.synchronize()
         assert self.totals is not None
-        return bool(torch.isfinite(self.totals).all())
+        return self.totals
+
+    def is_finite(self) -> bool:
+        """Judge the losses."""
+        return bool(torch.isfinite(self._wait()[:-1]).all())
+
+    def was_skipped(self) -> bool:
+        """Return whether the engine skipped the update."""
+        return bool(self._wait()[-1])
 
 
 class LossGuard:
@@ -64,6 +73,7 @@ class LossGuard:
         self.directory, self.rank, self.max_skipped_steps = directory, rank, max_skipped_steps
         self.forgives_skipped = forgives_skipped
         self.skipped_in_a_row = 0
+        self._skipped: list[int] = []
         self._open: _Step | None = None
         self._closed: list[_Step] = []
 
@@ -74,13 +84,25 @@ class LossGuard:
         self._open.keys.append(keys)
         self._open.losses.append({name: loss.detach() for name, loss in losses.items()})
 
-    def close_step(self, *, was_skipped: bool) -> None:
-        """Note that the step is over, and whether the engine skipped its update."""
+    def close_step(self, *, was_skipped: Tensor | bool) -> None:
+        """Note that the step is over, and whether the engine skipped its update: a scalar if only the device knows."""
         assert self._open is not None
         self._open.close(was_skipped=was_skipped)
         self._closed.append(self._open)
+        if isinstance(was_skipped, bool):
+            self._count(self._open, was_skipped=was_skipped)
         self._open = None
+
+    def _count(self, step: _Step, *, was_skipped: bool) -> None:
+        step.is_counted = True
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+        if was_skipped:
+            self._skipped.append(step.number)
+
+    def take_skipped(self) -> list[int]:
+        """Return the steps that are known to be skipped since the last call."""
+        skipped, self._skipped = self._skipped, []
+        return skipped
 
     @property
     def has_skipped_too_often(self) -> bool:
@@ -94,7 +116,9 @@ class LossGuard:
         """
         until = len(self._closed) if include_last else max(len(self._closed) - 1, 0)
         for step in self._closed[:until]:
-            if not (step.was_skipped and self.forgives_skipped) and not step.is_finite():
+            if not step.is_counted:
+                self._count(step, was_skipped=step.was_skipped())
+            if not (self.forgives_skipped and step.was_skipped()) and not step.is_finite():
                 return step.number
         del self._closed[: until if not include_last else max(until - 1, 0)]
         return None
@@ -110,7 +134,7 @@ class LossGuard:
         facts = {
             "step": step.number,
             "rank": self.rank,
-            "was_skipped": step.was_skipped,
+            "was_skipped": step.was_skipped(),
             "micro_batches": micro_batches,
         }
         try:

@@ -136,10 +136,8 @@ class Finetuning:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross entropy with the mixed, smoothed labels; it has no parts."""
         images, targets = self.mixing.apply(
-            batch.images.to(engine.device, non_blocking=True),
-            batch.labels.to(engine.device, non_blocking=True),
-            step=now.step, rank=engine.rank, number=micro_batch,
-        )  # fmt: skip
+            batch.images, batch.labels, step=now.step, rank=engine.rank, number=micro_batch
+        )
         with _seeded_drop_path((self.config.run.seed, now.step, engine.rank, micro_batch), device=engine.device):
             output = engine(images, targets=targets)
         return output.loss, {}

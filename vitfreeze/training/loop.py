@@ -41,7 +41,7 @@ def run_task(task: Task, *, fresh: bool) -> int:
         config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
     with RunFolder(directory, ranks=ranks):
-        start = choose_start(config, directory, fresh=fresh, ranks=ranks)
+        start = choose_start(config, directory, fresh=fresh, ranks=ranks, steps_per_epoch=loader.steps_per_epoch)
         run = prepare(task, loader, ranks, directory=directory, start=start)
         try:
             finished = train(run, start_step=start.step)
@@ -61,7 +61,10 @@ def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, s
     """Build the parts of a run and bring them to where it starts."""
     config, checkpoint, meter = task.config, start.checkpoint, Meter()
     checks = read_adaptive_checks(checkpoint)
-    schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch, events=checks)
+    least_frozen = checkpoint.frozen_layers if checkpoint else 0
+    schedule = build_schedule(
+        config, steps_per_epoch=loader.steps_per_epoch, events=checks, least_frozen=least_frozen
+    )  # fmt: skip
     frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.at(0).frozen_layers
     model = task.build_model(is_new=checkpoint is None)
     engine = build_engine(config, ranks, frozen_layers=frozen_layers, model=model)
@@ -160,7 +163,7 @@ def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None) -> Itera
         run.reporter.log_event(
             "micro_batch", now.step, message=message, micro_batch=micro_batch, accumulation=accumulation
         )
-    return run.loader.batches(now.step, run.schedule.total_steps, micro_batch=micro_batch)
+    return run.loader.batches(now.step, run.schedule.total_steps, micro_batch=micro_batch, device=engine.device)
 
 
 def take_step(run: Run, now: ScheduledStep, batches: Iterator[Batch], guard: RunGuard) -> None:

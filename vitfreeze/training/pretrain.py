@@ -74,11 +74,8 @@ class Pretraining:
         self, engine: FreezingEngine, batch: Batch, *, now: ScheduledStep, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the living scales, and the loss of each."""
-        output = engine(
-            normalize(batch.images.to(engine.device, non_blocking=True), colours=self.config.data.colours),
-            noise=batch.noise.to(engine.device, non_blocking=True),
-            scale_weights=now.scale_weights,
-        )
+        images = normalize(batch.images, colours=self.config.data.colours)
+        output = engine(images, noise=batch.noise, scale_weights=now.scale_weights)
         return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(now.heads, output.losses, strict=True)}
 
     def end_step(self, engine: FreezingEngine) -> None:

@@ -14,7 +14,16 @@ from typing import Any
 
 from vitfreeze.checkpoint import folder
 from vitfreeze.checkpoint.folder import Checkpoint, CheckpointError, find_checkpoint
-from vitfreeze.config import Config, ConfigError, differing_settings, dump_config, load_run_config
+from vitfreeze.config import (
+    Config,
+    ConfigError,
+    Duration,
+    check_config,
+    count_steps,
+    differing_settings,
+    dump_config,
+    load_run_config,
+)
 from vitfreeze.files import replace_durably
 from vitfreeze.ranks import Ranks
 from vitfreeze.report import Reporter
@@ -96,14 +105,44 @@ class RunFolder:
             os.close(self._descriptor)
 
 
-def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks) -> Start:
+def begin_cooldown(config: Config, source: str) -> Config:
+    """Return the settings of a run in a new folder that cools down from a checkpoint, or from the newest of a run.
+
+    In a folder that holds this cooldown already, it is the same again, however far the other run has gone.
+
+    Raises:
+        ConfigError: the learning rate is not wsd, there is no such checkpoint, or the folder holds another run.
+    """
+    known = Path(config.run.dir or f"runs/{config.recipe}") / folder.CONFIG
+    checkpoint = Path(source).resolve()
+    if not (checkpoint / folder.MANIFEST).is_file():
+        checkpoint = next(iter(folder.list_checkpoints(checkpoint / folder.FOLDER_NAME)), checkpoint)
+    if known.is_file() and Path(source).resolve() != checkpoint:
+        begun = Path(load_run_config(known).resume.from_)
+        checkpoint = begun if begun.parent == checkpoint.parent and begun.exists() else checkpoint
+    try:
+        step = folder.open_checkpoint(checkpoint, verify=False).step
+    except CheckpointError as error:
+        raise ConfigError(f"--cooldown {source} names neither a checkpoint nor a run that has one: {error}") from None
+    changed = replace(
+        config,
+        optim=replace(config.optim, cooldown_from=Duration(step, "steps")),
+        resume=replace(config.resume, from_=str(checkpoint)),
+        origins={**config.origins, "optim.cooldown_from": f"--cooldown {source}", "resume.from": "--cooldown"},
+    )
+    check_config(changed)
+    return changed
+
+
+def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks, steps_per_epoch: int) -> Start:
     """Decide on rank 0 where the run begins, tell the other ranks, and write config.yaml. All ranks call it.
 
     The cases, in this order:
 
     1. The folder holds files, but no run: refused.
     2. It holds a run and `--fresh` was given: refused.
-    3. It holds a run with other settings: refused, unless only settings differ that may change.
+    3. It holds a run with other settings: refused, unless only settings differ that may change. With optim.schedule
+       wsd, run.length and optim.cooldown may, if the run becomes longer and its cooldown has not begun.
     4. `resume.from` names a checkpoint that this run has not begun from yet: from there.
     5. The run has checkpoints: from the newest whole one; when all are damaged, refused.
     6. The folder is empty, or holds a run that never saved: from step 0.
@@ -112,7 +151,9 @@ def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks) 
         ConfigError: cases 1 to 3, or `resume.from` names no checkpoint, or that of another run.
         CheckpointError: every checkpoint there is damaged.
     """
-    answer = _on_rank_0(lambda: _decide(config, directory, fresh=fresh), ranks=ranks)
+    answer = _on_rank_0(
+        lambda: _decide(config, directory, fresh=fresh, steps_per_epoch=steps_per_epoch), ranks=ranks
+    )  # fmt: skip
     checkpoint = None
     if answer["path"]:
         # Rank 0 has compared every byte with the manifest; the others read the manifest only.
@@ -121,7 +162,7 @@ def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks) 
     return Start(checkpoint=checkpoint, reason=answer["reason"], resumed_from=answer["resumed_from"])
 
 
-def _decide(config: Config, directory: Path, *, fresh: bool) -> dict[str, Any]:
+def _decide(config: Config, directory: Path, *, fresh: bool, steps_per_epoch: int) -> dict[str, Any]:
     _refuse_foreign_folder(directory, config)
     holds_run = _holds_run(directory)
     if holds_run and fresh:
@@ -129,15 +170,16 @@ def _decide(config: Config, directory: Path, *, fresh: bool) -> dict[str, Any]:
             f"--fresh starts a new run, but {directory} holds one: give another run.dir, or move this one away "
             f"(mv {directory} {directory}.old)"
         )
-    if (directory / folder.CONFIG).is_file():
-        _refuse_other_settings(config, directory / folder.CONFIG)
     own = find_checkpoint(directory)
-    if own:
-        _refuse_other_settings(config, own.path / folder.CONFIG)
+    step = own.step if own else 0
+    for holder in (directory, own.path if own else directory):
+        if (holder / folder.CONFIG).is_file():
+            _refuse_other_settings(config, holder / folder.CONFIG, step=step, steps_per_epoch=steps_per_epoch)
     begun_from = read_resumed_from(own)
     wanted = str(Path(config.resume.from_).resolve()) if config.resume.from_ else ""
     if wanted and wanted != begun_from:
-        chosen, reason = _open_wanted(config, wanted), f"going on from {wanted}, as resume.from says"
+        chosen = _open_wanted(config, wanted, steps_per_epoch=steps_per_epoch)
+        reason = f"going on from {wanted}, as resume.from says"
         begun_from = wanted
     elif own:
         chosen, reason = own, f"going on from {own.path} at step {own.step}"
@@ -167,23 +209,36 @@ def _refuse_foreign_folder(directory: Path, config: Config) -> None:
         )
 
 
-def _refuse_other_settings(config: Config, path: Path) -> None:
-    lines = differing_settings(config, load_run_config(path))
+def _refuse_other_settings(
+    config: Config, path: Path, *, step: int, steps_per_epoch: int, may_cool: bool = False
+) -> None:
+    there, lengths = load_run_config(path), ("run.length", "optim.cooldown")
+    hint, free = "", {"optim.cooldown_from"} if may_cool else set()
+    if config.optim.schedule == there.optim.schedule == "wsd" and config.freeze.mode != "adaptive":
+        mine, theirs = (count_steps(of, steps_per_epoch=steps_per_epoch) for of in (config, there))
+        if step <= min(mine.cooldown_start, theirs.cooldown_start) and theirs.total_steps <= mine.total_steps:
+            free.update(lengths)
+        hint = (
+            f"; run.length may grow until the run cools down from step {theirs.cooldown_start} on, and {step} are taken"
+        )
+    lines = differing_settings(config, there, free=free)
     if lines:
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({'; '.join(lines)}); go on with those, or give another "
-            "run.dir"
+            f"run.dir{hint if any(line.startswith(lengths) for line in lines) else ''}"
         )
 
 
-def _open_wanted(config: Config, wanted: str) -> Checkpoint:
+def _open_wanted(config: Config, wanted: str, *, steps_per_epoch: int) -> Checkpoint:
     try:
         found = find_checkpoint(wanted)
     except CheckpointError as error:
         raise config.error("resume.from", f"a whole checkpoint or run folder, and {error}") from None
     if found is None:
         raise config.error("resume.from", "a checkpoint, or a run folder that holds one")
-    _refuse_other_settings(config, found.path / folder.CONFIG)
+    _refuse_other_settings(
+        config, found.path / folder.CONFIG, step=found.step, steps_per_epoch=steps_per_epoch, may_cool=True
+    )  # fmt: skip
     return found
 
 
