@@ -352,7 +352,7 @@ class EvalConfig:
     """Evaluation on the way: k-NN on held-out images in pre-training, all validation images in fine-tuning."""
 
     every: Duration = option(Duration(0, "steps"), "how often to evaluate; 0: never", unit=IN_RUN, may_change=True)
-    samples: int = option(2000, "held-out images of k-NN, and as many training images", AT_LEAST_1, may_change=True)
+    samples: int = option(2000, "held-out images of probes, and as many training images", AT_LEAST_1, may_change=True)
     k: int = option(10, "neighbours", AT_LEAST_1, may_change=True)
     max_share: float = option(0.05, "share of the time above which probes are left out", SHARE, may_change=True)
 
