@@ -228,3 +228,16 @@ def test_the_guard_judges_the_last_step_on_demand_and_forgives_skipped_ones(tmp_
     guard.close_step(was_skipped=False)
     assert guard.find_failure(include_last=False) == (None if forgives else 0)
     assert guard.find_failure(include_last=True) == (1 if forgives else 0)
+
+
+def test_the_guard_learns_later_what_only_the_device_knows(tmp_path: Path) -> None:
+    guard = LossGuard(tmp_path, rank=0, max_skipped_steps=1, forgives_skipped=False)
+    for step, flag in enumerate((0.0, 1.0, 1.0)):
+        guard.add(step, keys=["a"], losses={"loss": torch.tensor(1.0)})
+        guard.close_step(was_skipped=torch.tensor(flag))
+        assert guard.find_failure(include_last=False) is None
+        assert guard.take_skipped() == ([1] if step == 2 else [])
+    assert not guard.has_skipped_too_often
+    assert guard.find_failure(include_last=True) is None
+    assert guard.take_skipped() == [2]
+    assert guard.has_skipped_too_often

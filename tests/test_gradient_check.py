@@ -91,3 +91,25 @@ def test_without_zero_a_bad_step_is_skipped_too() -> None:
         assert [step for step, was_skipped in enumerate(run["skipped"]) if was_skipped] == [*BAD_STEPS]
         assert run["scalars"]["skipped_steps"] == 3
         assert all(torch.isfinite(weight).all() for weight in run["weights"].values())
+
+
+def count_all_reduces() -> list[int]:
+    sizes: list[int] = []
+    plain = torch.distributed.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return plain(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = counted
+    engine = scenarios.build(FreezingEngine, scenarios.ds_config(1, "bf16"), accumulation=1)
+    sizes.clear()
+    scenarios.take_step(engine, 0)
+    return sizes
+
+
+def test_a_step_reduces_its_buckets_and_one_flag() -> None:
+    for sizes in run_ranks(count_all_reduces):
+        assert len(sizes) == 2
+        assert sizes[0] > 500, "all gradients in one bucket"
+        assert sizes[1] == 1

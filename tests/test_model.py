@@ -504,3 +504,61 @@ def test_state_that_does_not_fit_is_refused() -> None:
     model.load_state_dict({"cls_token": state["cls_token"]}, strict=False)
     with pytest.raises(ValueError, match=r"tensor cls_token has shape \(3,\), expected \(1, 1, 24\)"):
         model.load_state_dict({"cls_token": torch.zeros(3)}, strict=False)
+
+
+@pytest.mark.parametrize("frozen_layers", [0, 3])
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
+def test_a_mask_ratio_for_one_step_is_that_of_another_model(mask_ratio: float, frozen_layers: int) -> None:
+    model, other = build(), build(mask_ratio=mask_ratio)
+    images, noise = batch(model)
+    here = model(images, noise=noise, frozen_layers=frozen_layers, mask_ratio=mask_ratio, decoded_share=1.0)
+    there = other(images, noise=noise, frozen_layers=frozen_layers)
+    assert [loss.item() for loss in here.losses] == [loss.item() for loss in there.losses]
+
+
+def test_a_share_decoded_is_as_if_the_other_masked_patches_were_not_there() -> None:
+    """Each scale's loss against the plain decoder, given only the tokens of the patches that are left."""
+    model = build()
+    images, noise = batch(model)
+    order = noise.argsort(dim=1)[:, : model.num_visible + 6]  # half of the 12 masked ones
+    taps, _, targets = model._encode_visible(images, noise=noise, frozen_layers=0, num_visible=model.num_visible)
+    output = model(images, noise=noise, decoded_share=0.5)
+    for k, scale in enumerate(HEAD_SCALES):
+        decoder = model.heads[k].decoder
+        total, weights = torch.zeros(()), 0.0
+        for i, ids in enumerate(order):
+            latents = model.heads[k].norm(taps[k][i : i + 1])
+            masked = decoder.mask_token.expand(1, 6, -1)
+            positions = torch.cat([decoder.pos_embed[:, :1], decoder.pos_embed[:, 1:][:, ids]], dim=1)
+            tokens = torch.cat([decoder.embed(latents), masked], dim=1) + positions
+            for block in decoder.blocks:
+                tokens = plain_block(block, tokens)
+            tokens = decoder.norm(tokens)[0, 1:]
+            if scale < 1:
+                for cell, patches in enumerate(decoder.cell_order):
+                    there = [place for place, patch in enumerate(ids.tolist()) if patch in patches.tolist()]
+                    weight = sum(place >= model.num_visible for place in there) / 4
+                    if weight:
+                        prediction = decoder.pred(tokens[there].mean(dim=0)[None, None])[0, 0, 0]
+                        total = total + weight * (prediction - targets[k][i, cell]).square().mean()
+                        weights += weight
+            else:
+                predictions = decoder.pred(tokens[None, model.num_visible :])[0]
+                cells = decoder.cell_order[ids[model.num_visible :]]
+                total = total + (predictions - targets[k][i][cells]).square().mean(dim=-1).sum()
+                weights += cells.numel()
+        assert output.losses[k].item() == pytest.approx((total / weights).item(), rel=1e-5), scale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ratio": 0.99}, "= 0 of 16 patches visible"),
+        ({"decoded_share": 0.05}, "decoded_share is 0.05, expected above 0 to 1, and a patch of 12"),
+        ({"decoded_share": 1.5}, "decoded_share is 1.5"),
+    ],
+)
+def test_shares_without_a_patch_are_refused(options: dict[str, float], message: str) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        model(batch(model)[0], **options)

@@ -50,7 +50,7 @@ def collect(ranks: Ranks) -> dict[str, Any]:
     return {
         "sum": ranks.sum(torch.tensor([rank, 1])).tolist(),
         "mean": ranks.mean([rank, 0.1]),
-        "max": ranks.max([rank, -rank]),
+        "max": ranks.begin_max([rank, -rank])(),
         "gather": ranks.gather({"rank": rank, "text": "\u00e4" * rank, "pair": (rank, None)}),
         "rows": [part.tolist() for part in ranks.gather_rows(rows)],
         "from_rank_0": ranks.from_rank_0(lambda: [rank, "told"]),

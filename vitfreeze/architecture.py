@@ -119,6 +119,16 @@ def active_heads(units: Iterable[FreezeUnit], frozen_layers: int) -> tuple[int, 
     return tuple(sorted(unit.head for unit in units if unit.head is not None and unit.trains(frozen_layers)))
 
 
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """Return how many patches the encoder sees, as in MAE."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def count_decoded(num_masked: int, decoded_share: float) -> int:
+    """Return how many of the masked patches the heads reconstruct."""
+    return num_masked if decoded_share == 1 else int(num_masked * decoded_share)
+
+
 def cell_sizes(*, img_size: int, patch_size: int) -> tuple[int, ...]:
     """Return the side in pixels of the HOG cells of each head: patch_size / scale, finest first.
 

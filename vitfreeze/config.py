@@ -17,6 +17,7 @@ import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -114,11 +115,14 @@ class Range:
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = Range(0), Range(1), Range(0, open_low=True)
 SHARE, SHARE_ABOVE_0, SHARE_BELOW_1 = Range(0, 1), Range(0, 1, open_low=True), Range(0, 1, open_high=True)
 IN_RUN = "steps, epochs, fraction"  # a duration that can be counted in the steps of its run
+# Values that hold from a moment of the run until the next.
+Stages = tuple[tuple[Duration, float], ...]
 # What freeze.how does to the straight line from t_0 to 1: the power that it is raised to.
 POWERS: Mapping[str, int] = types.MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
 _SCALE_WEIGHTS = "four numbers >= 0, not all 0, or such lists behind rising shares of the run: [share, [four numbers]]"
 _NOUNS = {
     "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Duration": "a duration",
+    "Stages": "stages [[0, value], [share of the run or duration, value], ...] in rising order, or [] for none",
     "tuple[str, ...]": "a text or a list of texts", "tuple[float, float]": "two numbers",
     "tuple[float, float, float]": "three numbers",
 }  # fmt: skip
@@ -308,6 +312,16 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """What changes in the images on the way: stages [[0, value], [share of the run or duration, value], ...]."""
+
+    mask_ratio: Stages = option((), "stages of model.mask_ratio, such as [[0, 0.8], [0.5, 0.75]]")
+    decoded_share: Stages = option(
+        (), "share of the masked patches that the heads reconstruct, drawn anew for every crop; LocalMIM: 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run as a whole."""
 
@@ -385,6 +399,7 @@ class Config:
     batch: BatchConfig = BatchConfig()
     freeze: FreezeConfig = FreezeConfig()
     loss: LossConfig = LossConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: ResumeConfig = ResumeConfig()
@@ -570,6 +585,7 @@ def check_config(config: Config) -> None:
     well_formed = all(len(row) == len(HEAD_SCALES) and min(row) >= 0 and max(row) > 0 for row in rows)
     if not well_formed or shares != sorted(set(shares)) or not all(share in SHARE for share in shares):
         raise config.error("loss.scale_weights", _SCALE_WEIGHTS)
+    _check_curriculum(config)
     if config.optim.cooldown_from is not None and config.optim.schedule != "wsd":
         raise config.error("optim.cooldown_from", "null, because optim.schedule is not wsd")
     if config.optim.schedule == "wsd" and config.freeze.mode == "schedule" and config.freeze.rates == "cosine":
@@ -577,6 +593,19 @@ def check_config(config: Config) -> None:
             "freeze.rates", "global or stable with optim.schedule wsd, which leaves open where the run ends"
         )
     _check_model(config)
+
+
+def _check_curriculum(config: Config) -> None:
+    ranges = {"mask_ratio": Range(0, 1, open_low=True, open_high=True), "decoded_share": SHARE_ABOVE_0}
+    for name, within in ranges.items():
+        stages: Stages = getattr(config.curriculum, name)
+        begins = [begin for begin, _ in stages]
+        alike = len({begin.unit for begin in begins[1:]}) < 2  # others can be compared only in steps
+        rises = not alike or all(a.value < b.value for a, b in pairwise(begins))
+        if stages and (begins[0].value or not rises or any(begin.unit == "minutes" for begin in begins)):
+            raise config.error(f"curriculum.{name}", _NOUNS["Stages"])
+        if not all(value in within for _, value in stages):
+            raise config.error(f"curriculum.{name}", f"values {within}")
 
 
 def _check_model(config: Config) -> None:
@@ -793,6 +822,8 @@ def _convert(value: Any, hint: Any, *, key: str) -> Any:
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     if key == "loss.scale_weights":
         return _convert_scale_weights(value)
+    if key.startswith("curriculum."):
+        return _convert_stages(value)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, list) else [value]
         kind, *others = typing.get_args(hint)
@@ -834,6 +865,12 @@ def _convert_number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
+
+
+def _convert_stages(value: Any) -> Stages:
+    if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 2 for row in value):
+        raise ValueError(_NOUNS["Stages"])
+    return tuple((Duration.parse(begin), _convert_number(of)) for begin, of in value)
 
 
 def _convert_scale_weights(value: Any) -> tuple[tuple[float, tuple[float, ...]], ...]:

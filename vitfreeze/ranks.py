@@ -105,12 +105,8 @@ class Ranks:
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         return (self.sum(torch.tensor(values, dtype=dtype, device=self.device)) / self.world_size).tolist()
 
-    def max(self, values: Sequence[int]) -> list[int]:
-        """Return the largest of each value."""
-        return self._reduce(torch.tensor(values, device=self.device), ReduceOp.MAX).tolist()
-
     def begin_max(self, values: Sequence[int]) -> Callable[[], list[int]]:
-        """Begin `max`, and return the function that waits for its answer; all ranks call that, too."""
+        """Begin to find the largest of each value, and return the function that waits for the answer."""
         largest = torch.tensor(values, device=self.device)
         if self.world_size == 1:
             return largest.tolist

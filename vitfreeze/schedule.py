@@ -29,6 +29,7 @@ from vitfreeze.config import (
     check_run_length,
     count_steps,
 )
+from vitfreeze.curriculum import Curriculum, ImageStage, build_curriculum
 
 # Below this share of the run a layer trains for less than one step of any run, and base_lr / t_i explodes.
 MIN_SHARE = 1e-12
@@ -370,7 +371,8 @@ class ScheduledStep:
         heads: heads of LocalMIM that train, finest first; none in fine-tuning.
         scale_weights: weight of every head's loss, finest first; None: all are 1.
         learning_rates: of every freeze unit by name; 0.0 for frozen ones.
-        ends_stage: the next step freezes more layers, as far as that is known.
+        images: how images are treated.
+        ends_stage: the next step freezes more layers, as far as that is known, or treats images otherwise.
     """
 
     step: int
@@ -378,6 +380,7 @@ class ScheduledStep:
     heads: tuple[int, ...]
     scale_weights: tuple[float, ...] | None
     learning_rates: Mapping[str, float]
+    images: ImageStage
     ends_stage: bool
 
 
@@ -390,6 +393,7 @@ class RunSchedule:
 
     Attributes:
         units: the freeze units of the model, first to freeze first.
+        curriculum: how images are treated.
         length: steps of the run as it was planned, of which shares are taken; a cooldown may end it before.
         heads_lr: global: heads follow `shared`; layer: the rate of the layer that they leave with.
         caps_layers: no layer has a higher rate than `shared`.
@@ -401,6 +405,7 @@ class RunSchedule:
     units: tuple[FreezeUnit, ...]
     shared: CosineSchedule | WsdSchedule
     length: int
+    curriculum: Curriculum
     layers: FreezeSchedule | None = None
     adaptive: AdaptiveFreezing | None = None
     heads_lr: str = "global"
@@ -429,7 +434,7 @@ class RunSchedule:
         if self.adaptive is not None:
             self.adaptive.check_known(step)
         frozen_layers = self._frozen_layers(step)
-        last = step >= self.total_steps - 1
+        images, following = self.curriculum.at(step), min(step + 1, self.total_steps - 1)
         return ScheduledStep(
             step=step,
             frozen_layers=frozen_layers,
@@ -438,7 +443,8 @@ class RunSchedule:
             learning_rates={
                 unit.name: self.learning_rate(unit, step) if unit.trains(frozen_layers) else 0.0 for unit in self.units
             },
-            ends_stage=not last and self._frozen_layers(step + 1) != frozen_layers,
+            images=images,
+            ends_stage=self._frozen_layers(following) > frozen_layers or self.curriculum.at(following) != images,
         )
 
     def learning_rate(self, unit: FreezeUnit, step: int) -> float:
@@ -520,6 +526,7 @@ def build_schedule(
         units=units_of(config),
         shared=shared,
         length=total,
+        curriculum=build_curriculum(config, steps),
         layers=layers,
         adaptive=adaptive,
         heads_lr=freeze.heads_lr,

@@ -8,12 +8,13 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from vitfreeze.engine.launch import is_tested_version
 from vitfreeze.engine.settings import DeepSpeedSettings, complete_settings
 from vitfreeze.engine.slices import GroupState, Segment, SliceReader, create_moments, read_group, segments, write_group
 from vitfreeze.engine.units import GroupPlan
-from vitfreeze.engine.zero import CheckedAdamW, group_gradients
+from vitfreeze.engine.zero import OverflowCheck, group_gradients
 from vitfreeze.ranks import Ranks
 
 COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
@@ -87,8 +88,10 @@ class EngineSession:
             }
             for plan in plans
         ]
-        self.optimizer = CheckedAdamW(groups, fused=True, **adam)
-        self.optimizer.checks_itself = not self.is_partitioned
+        self.optimizer = AdamW(groups, fused=True, **adam)
+        self._check = OverflowCheck(self.optimizer)
+        if not self.is_partitioned:
+            self.optimizer.register_step_pre_hook(self._check.check)
         groups_gradients = self.is_partitioned and not settings.clips and is_tested_version()
         config = complete_settings(
             settings,
@@ -105,7 +108,7 @@ class EngineSession:
         if len(self.optimizer.param_groups) != len(plans):
             raise RuntimeError(f"DeepSpeed kept {len(self.optimizer.param_groups)} of {len(plans)} parameter groups")
         if groups_gradients:
-            group_gradients(self.engine.optimizer)
+            group_gradients(self.engine.optimizer, self._check)
         if optimizer_states is None:
             create_moments(self.optimizer)
         else:
@@ -165,12 +168,12 @@ class EngineSession:
     def overflow(self) -> Tensor | bool:
         """Whether the last step was skipped, because a gradient was not finite: on the device, if only it knows."""
         known = self.engine.global_steps > 0 and not self.engine.was_step_applied()
-        return known if self.optimizer.found_inf is None else self.optimizer.found_inf
+        return known if self._check.found_inf is None else self._check.found_inf
 
     @property
     def skipped_steps(self) -> int:
         """Optimizer steps that were skipped; waits for the device."""
-        skipped = self.optimizer.skipped
+        skipped = self._check.skipped
         return int(self.engine.skipped_steps) + (0 if skipped is None else int(skipped))
 
     def read_scalars(self) -> dict[str, Any]:
@@ -184,7 +187,7 @@ class EngineSession:
         """Set counters and loss scaler, the way DeepSpeed itself does when it loads a checkpoint."""
         for name in COUNTERS:
             setattr(self.engine, name, scalars[name])
-        self.optimizer.skipped = None
+        self._check.skipped = None
         scaler = self._loss_scaler()
         if scaler is not None and scalars["loss_scaler"] is not None:
             for name, value in scalars["loss_scaler"].items():

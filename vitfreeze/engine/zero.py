@@ -12,9 +12,9 @@ import math
 from typing import Any
 
 import torch
+from deepspeed import comm
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
-from torch.distributed import ReduceOp
 from torch.optim import AdamW
 
 
@@ -24,48 +24,48 @@ def find_overflow(gradients: list[Tensor]) -> Tensor:
     return (largest - largest != 0).float()
 
 
-class CheckedAdamW(AdamW):
-    """Fused AdamW that changes nothing in a step whose gradients are not finite, and needs no host to tell it.
+class OverflowCheck:
+    """Keeps AdamW from changing anything in a step whose gradients are not finite, without the host knowing of it.
 
     Attributes:
-        found_inf: float32 scalar on the device, 1 if the gradients are not finite. torch's fused kernels read it.
-            ZeRO, which steps group by group, sets it for all of them; otherwise each step finds out for itself.
-        skipped: float32 scalar on the device, how many steps were skipped by it; None before the first.
+        found_inf: float32 scalar on the device, 1 if the last step was skipped; None before the first.
+        skipped: float32 scalar on the device, how many were skipped; None before the first.
     """
 
-    found_inf: Tensor | None = None
-    skipped: Tensor | None = None
-    checks_itself = True
+    def __init__(self, optimizer: AdamW) -> None:
+        self._optimizer = optimizer
+        self.found_inf: Tensor | None = None
+        self.skipped: Tensor | None = None
 
-    def note_overflow(self, found_inf: Tensor) -> None:
+    def note(self, found_inf: Tensor) -> None:
         """Let the coming step change nothing if `found_inf` is 1."""
         self.found_inf = found_inf
         self.skipped = found_inf.clone() if self.skipped is None else self.skipped.add_(found_inf)
+        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where GradScaler puts it for fused kernels
 
-    def step(self, closure: Any = None) -> Any:
-        """Take a step, unless a gradient is not finite."""
-        if self.checks_itself:
-            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            self.note_overflow(find_overflow([p.grad for p in parameters if p.grad is not None]))
-        return super().step(closure)
+    def check(self, *_: Any) -> None:
+        """Find out by the optimizer's own gradients: a hook before its step."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        self.note(find_overflow([p.grad for p in parameters if p.grad is not None]))
 
 
-def group_gradients(zero: DeepSpeedZeroOptimizer) -> None:
+def group_gradients(zero: DeepSpeedZeroOptimizer, check: OverflowCheck) -> None:
     """Let a new ZeRO optimizer handle gradients by groups from now on.
 
     Its class is exchanged, because DeepSpeed's engine builds it by name and takes no other.
     """
     zero.__class__ = GroupedZeroOptimizer
-    zero.start()
+    zero.start(check)
 
 
 class GroupedZeroOptimizer(DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO optimizer, which an instance becomes by `group_gradients`."""
 
-    def start(self) -> None:
+    def start(self, check: OverflowCheck) -> None:
         """Prepare what DeepSpeed's own constructor does not know of."""
-        self._rank = torch.distributed.get_rank(self.dp_process_group)
-        self._world_size = torch.distributed.get_world_size(self.dp_process_group)
+        self._check = check
+        self._rank = comm.get_rank(self.dp_process_group)
+        self._world_size = comm.get_world_size(self.dp_process_group)
         self._found_inf: Tensor | None = None
         self._sums: dict[int, Tensor] = {}  # by group: this rank's part of the summed gradients
         self._in_flight: list[tuple[Any, Tensor, list[int]]] = []
@@ -125,9 +125,9 @@ class GroupedZeroOptimizer(DeepSpeedZeroOptimizer):
         """Update the weights, unless a gradient is not finite."""
         self._found_inf = find_overflow([group.flat_partition for group in self.averaged_gradients.values()])
         if self._world_size > 1:
-            torch.distributed.all_reduce(self._found_inf, op=ReduceOp.MAX, group=self.dp_process_group)
+            comm.all_reduce(self._found_inf, op=comm.ReduceOp.MAX, group=self.dp_process_group)
         if not self.check_grad_overflow:  # fp32 and bf16, where the loss scale does not hang on the answer
-            self.optimizer.note_overflow(self._found_inf)
+            self._check.note(self._found_inf)
         super().step(closure)
 
     # -- groups --------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class GroupedZeroOptimizer(DeepSpeedZeroOptimizer):
         if self._world_size > 1:
             flat.div_(self._world_size)
             flat = flat.to(self.communication_data_type)
-            work = torch.distributed.all_reduce(flat, group=self.dp_process_group, async_op=self.overlap_comm)
+            work = comm.all_reduce(flat, group=self.dp_process_group, async_op=self.overlap_comm)
         self._in_flight.append((work, flat, groups))
 
     def _add_parts(self, flat: Tensor, groups: list[int]) -> None:

@@ -23,7 +23,16 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitfreeze.architecture import HEAD_SCALES, FreezeUnit, active_heads, cell_sizes, localmim_units, tap_blocks
+from vitfreeze.architecture import (
+    HEAD_SCALES,
+    FreezeUnit,
+    active_heads,
+    cell_sizes,
+    count_decoded,
+    count_visible,
+    localmim_units,
+    tap_blocks,
+)
 from vitfreeze.model.frozen_block import run_frozen
 from vitfreeze.model.hog import check_images, hog_targets
 
@@ -221,7 +230,8 @@ class Decoder(nn.Module):
 
         Args:
             latents_BND: (B, 1 + V, D) class token and visible patches.
-            ids_BL: patches in the order of the noise: the V visible ones, then the masked ones.
+            ids_BL: patches in the order of the noise: the V visible ones, then the masked ones; of these perhaps only
+                the first, the others being left out.
             everywhere: predict the cells of visible patches too, which the loss never reads.
 
         Returns:
@@ -242,10 +252,26 @@ class Decoder(nn.Module):
         tokens_BND = self.blocks[-1](tokens_BND, 1 if all_patches else 1 + num_visible)
         tokens_BND = self.norm(tokens_BND)
         if self.scale < 1:
-            position_BL = ids_BL.argsort(dim=1)
-            tokens_BND = _take(tokens_BND, position_BL[:, self.cell_order.flatten()])
-            tokens_BND = tokens_BND.unflatten(1, (-1, 4)).mean(dim=2)
+            tokens_BND = self._pool(tokens_BND, ids_BL)
         return self.pred(tokens_BND)
+
+    def _pool(self, tokens_BLD: Tensor, ids_BL: Tensor) -> Tensor:
+        """Return the mean of the tokens in each cell of 2 x 2 patches, of those that are there: (B, T, D)."""
+        order = self.cell_order.flatten()
+        if ids_BL.shape[1] == len(order):
+            return _take(tokens_BLD, ids_BL.argsort(dim=1)[:, order]).unflatten(1, (-1, 4)).mean(dim=2)
+        cell_of_patch = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) // 4)
+        cells_BL = cell_of_patch[ids_BL]
+        sums_BTD = tokens_BLD.new_zeros(len(tokens_BLD), len(order) // 4, tokens_BLD.shape[2])
+        sums_BTD = sums_BTD.scatter_add(1, cells_BL[..., None].expand_as(tokens_BLD), tokens_BLD)
+        counts_BT = _count_cells(cells_BL, len(order) // 4)
+        return sums_BTD / counts_BT.clamp(min=1)[..., None].to(sums_BTD.dtype)
+
+
+def _count_cells(cells_BL: Tensor, num_cells: int) -> Tensor:
+    """Return how often each cell occurs, (B, T) float32."""
+    counts_BT = torch.zeros(len(cells_BL), num_cells, device=cells_BL.device)
+    return counts_BT.scatter_add_(1, cells_BL, torch.ones_like(cells_BL, dtype=torch.float32))
 
 
 class Head(nn.Module):
@@ -271,9 +297,10 @@ class Head(nn.Module):
         return (errors_BT * weights_BT).sum() / total_weight
 
     def cell_weights(self, ids_BL: Tensor, *, num_visible: int) -> Tensor:
-        """Return the (B, T) float32 share of each cell that is masked."""
+        """Return the (B, T) float32 share of each cell that is masked, and not left out."""
         order_LK = self.decoder.cell_order
-        mask_BL = torch.ones(ids_BL.shape, device=ids_BL.device).scatter_(1, ids_BL[:, :num_visible], 0.0)
+        mask_BL = torch.zeros(len(ids_BL), order_LK.numel() if self.decoder.scale < 1 else len(order_LK))
+        mask_BL = mask_BL.to(ids_BL.device).scatter_(1, ids_BL[:, num_visible:], 1.0)
         if self.decoder.scale < 1:
             return mask_BL[:, order_LK].mean(dim=2)
         mask_BLK = mask_BL[..., None].expand(-1, -1, order_LK.shape[1])
@@ -346,12 +373,7 @@ class LocalMIM(nn.Module):
         self.img_size, self.patch_size, self.depth, self.hog_nbins = img_size, patch_size, depth, hog_nbins
         self.grid_size = img_size // patch_size
         self.num_patches = self.grid_size**2
-        self.num_visible = int(self.num_patches * (1 - mask_ratio))
-        if not 0 < self.num_visible < self.num_patches:
-            raise ValueError(
-                f"mask_ratio {mask_ratio:g} leaves int({self.num_patches} * (1 - {mask_ratio:g})) = {self.num_visible} "
-                f"of {self.num_patches} patches visible, expected at least one visible and one masked"
-            )
+        self.num_visible = self._count_visible(mask_ratio)
         if hog_nbins < 1 or decoder_depth < 1:
             raise ValueError(f"hog_nbins {hog_nbins} and decoder_depth {decoder_depth} must be at least 1")
         self.units = localmim_units(depth, cls_token=freeze_cls_token, patch_embed=freeze_patch_embed)
@@ -410,6 +432,8 @@ class LocalMIM(nn.Module):
         noise: Tensor | None = None,
         frozen_layers: int = 0,
         scale_weights: Sequence[float] | None = None,
+        mask_ratio: float | None = None,
+        decoded_share: float = 1.0,
     ) -> LocalMIMOutput:
         """Reconstruct the masked patches and return the loss.
 
@@ -419,12 +443,23 @@ class LocalMIM(nn.Module):
             frozen_layers: length of the frozen prefix, 0 to depth. Its parameters get no gradient whether or not
                 they require one, and heads on its blocks take no part.
             scale_weights: one factor per head for this step, instead of the model's.
+            mask_ratio: for this step, instead of the model's.
+            decoded_share: share of the masked patches that the heads see and reconstruct, those of the smallest
+                noise; the others take no part.
 
         Raises:
             ValueError: a wrong shape of images or noise, a value that is NaN (on the CPU), `frozen_layers` out of
-                range, or not one scale weight per head.
+                range, not one scale weight per head, or no patch to see or to reconstruct.
         """
-        taps, ids_BL, targets = self._encode_visible(images, noise=noise, frozen_layers=frozen_layers)
+        num_visible = self.num_visible if mask_ratio is None else self._count_visible(mask_ratio)
+        decoded = count_decoded(self.num_patches - num_visible, decoded_share)
+        if not 0 < decoded_share <= 1 or not decoded:
+            masked = self.num_patches - num_visible
+            raise ValueError(f"decoded_share is {decoded_share:g}, expected above 0 to 1, and a patch of {masked}")
+        taps, ids_BL, targets = self._encode_visible(
+            images, noise=noise, frozen_layers=frozen_layers, num_visible=num_visible
+        )  # fmt: skip
+        ids_BL = ids_BL[:, : num_visible + decoded]
         weights = self.scale_weights if scale_weights is None else _check_scale_weights(scale_weights)
         losses = {k: self._head(k)(tap, ids_BL, targets[k]) for k, tap in taps.items()}
         loss = torch.stack([weights[k] * losses[k] for k in losses]).sum()
@@ -437,7 +472,9 @@ class LocalMIM(nn.Module):
 
         Arguments and errors are those of `forward`, which computes only what the loss reads of this.
         """
-        taps, ids_BL, targets = self._encode_visible(images, noise=noise, frozen_layers=frozen_layers)
+        taps, ids_BL, targets = self._encode_visible(
+            images, noise=noise, frozen_layers=frozen_layers, num_visible=self.num_visible
+        )  # fmt: skip
         return {k: self._head(k).predict(tap, ids_BL, targets[k]) for k, tap in taps.items()}
 
     def encode(self, images: Tensor, *, blocks: Sequence[int] | None = None, norm: bool = False) -> list[Tensor]:
@@ -465,7 +502,7 @@ class LocalMIM(nn.Module):
         return [final(features[block].to(final.weight.dtype)) if norm else features[block] for block in wanted]
 
     def _encode_visible(
-        self, images: Tensor, *, noise: Tensor | None, frozen_layers: int
+        self, images: Tensor, *, noise: Tensor | None, frozen_layers: int, num_visible: int
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """Return taps and targets of every active head, and the patches in the order of the noise (B, L)."""
         self._check_size(images)
@@ -479,7 +516,7 @@ class LocalMIM(nn.Module):
         cells = [self.cell_sizes[k] for k in heads]
         targets = hog_targets(images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias)
         ids_BL = noise.argsort(dim=1, stable=True)
-        tokens_BND = self._embed(images, ids_BL[:, : self.num_visible], frozen_layers=frozen_layers)
+        tokens_BND = self._embed(images, ids_BL[:, :num_visible], frozen_layers=frozen_layers)
         outputs = self._run_blocks(tokens_BND, frozen_layers=frozen_layers, wanted=[self.taps[k] for k in heads])
         # A head computes in the precision of its own weights, whatever that of the block below.
         dtype = self._head(heads[0]).norm.weight.dtype
@@ -523,6 +560,15 @@ class LocalMIM(nn.Module):
             if number in wanted:
                 outputs[number] = tokens_BND
         return outputs
+
+    def _count_visible(self, mask_ratio: float) -> int:
+        visible = count_visible(self.num_patches, mask_ratio)
+        if not 0 < visible < self.num_patches:
+            raise ValueError(
+                f"mask_ratio {mask_ratio:g} leaves int({self.num_patches} * (1 - {mask_ratio:g})) = {visible} "
+                f"of {self.num_patches} patches visible, expected at least one visible and one masked"
+            )
+        return visible
 
     def _check_size(self, images: Tensor) -> None:
         check_images(images)

@@ -10,6 +10,9 @@ from typing import Any
 from vitfreeze.config import Config
 from vitfreeze.planner.prediction import Plan, Stage, plan
 
+# Frozen layers, mask ratio and decoded share: what decides the cost of a step.
+_Kind = tuple[int, float, float]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageComparison:
@@ -47,22 +50,27 @@ def compare_with_measurement(
     Raises:
         ValueError: no line was logged before anything froze, so there is nothing to compare with.
     """
-    covered: dict[int, int] = {}
-    lines: dict[int, list[Mapping[str, Any]]] = {}
-    previous = 0
+    covered: dict[_Kind, int] = {}
+    lines: dict[_Kind, list[Mapping[str, Any]]] = {}
+    previous, first = 0, plan.stages[0].images
     for line in sorted(metrics, key=lambda line: line["step"]):
-        frozen = line["frozen_layers"]
-        covered[frozen] = covered.get(frozen, 0) + line["step"] - previous
-        lines.setdefault(frozen, []).append(line)
+        kind = (
+            line["frozen_layers"], line.get("mask_ratio", first.mask_ratio),
+            line.get("decoded_share", first.decoded_share),
+        )  # fmt: skip
+        covered[kind] = covered.get(kind, 0) + line["step"] - previous
+        lines.setdefault(kind, []).append(line)
         previous = line["step"]
     if not is_comparable(metrics):
         raise ValueError("the metrics hold no step before the first freeze, so there is no speed to compare with")
-    start = median([line["images_per_second"] for line in _settled(lines[0])])
-    by_prefix = {stage.frozen_layers: stage for stage in plan.stages}
+    planned = {(s.frozen_layers, s.images.mask_ratio, s.images.decoded_share): s for s in plan.stages}
+    unfrozen = next(kind for kind in lines if kind[0] == 0)
+    # A step costs 1 without freezing and curriculum; the plan says what the first stage costs beside that.
+    start = median([line["images_per_second"] for line in _settled(lines[unfrozen])]) * planned[unfrozen].relative_cost
     stages = tuple(
-        _compare_stage(by_prefix[frozen], lines[frozen], steps=covered[frozen], start=start)
-        for frozen in sorted(lines)
-        if frozen in by_prefix
+        _compare_stage(planned[kind], lines[kind], steps=covered[kind], start=start)
+        for kind in lines
+        if kind in planned
     )
     steps = sum(stage.steps for stage in stages)
     return Comparison(

@@ -21,10 +21,13 @@ from vitfreeze.architecture import (
     ModelSize,
     active_heads,
     classifier_units,
+    count_decoded,
+    count_visible,
     localmim_units,
     tap_blocks,
 )  # fmt: skip
 from vitfreeze.config import Config
+from vitfreeze.curriculum import ImageStage, plain_stage
 
 # Fused attention keeps no scores: its backward pass computes them again, so five products stand against two.
 ATTENTION_BACKWARD = 2.5
@@ -267,15 +270,17 @@ class ModelCosts(EncoderCosts):
 
     mask_ratio: float
     hog_nbins: int
+    decoded_share: float = 1.0
     freeze_cls_token: bool = True
     freeze_patch_embed: bool = True
 
     @classmethod
-    def from_config(cls, config: Config) -> ModelCosts:
-        """Build the costs of the model of a run."""
-        model = config.model
+    def from_config(cls, config: Config, images: ImageStage | None = None) -> ModelCosts:
+        """Build the costs of the model of a run, in a stage of its curriculum or, by default, without one."""
+        model, images = config.model, images or plain_stage(config)
         return cls(
-            size=model.resolve(), img_size=model.img_size, mask_ratio=model.mask_ratio, hog_nbins=model.hog_nbins,
+            size=model.resolve(), img_size=images.img_size, mask_ratio=images.mask_ratio, hog_nbins=model.hog_nbins,
+            decoded_share=images.decoded_share,
             freeze_cls_token=config.freeze.cls_token, freeze_patch_embed=config.freeze.patch_embed,
             activation_checkpointing=model.activation_checkpointing,
         )  # fmt: skip
@@ -288,7 +293,12 @@ class ModelCosts(EncoderCosts):
     @property
     def num_encoded(self) -> int:
         """Patches that stay visible."""
-        return int(self.num_patches * (1 - self.mask_ratio))
+        return count_visible(self.num_patches, self.mask_ratio)
+
+    @property
+    def num_decoded(self) -> int:
+        """Masked patches that the heads reconstruct."""
+        return count_decoded(self.num_patches - self.num_encoded, self.decoded_share)
 
     @property
     def hog_operations(self) -> float:
@@ -297,12 +307,12 @@ class ModelCosts(EncoderCosts):
 
     def head(self, head: int) -> Product:
         """Products of one head: embedding, decoder blocks, prediction."""
-        size, scale, tokens, outputs = self.size, HEAD_SCALES[head], self.num_patches + 1, 3 * self.hog_nbins
-        width, masked = size.decoder_embed_dim, self.num_patches - self.num_encoded
+        size, scale, outputs, masked = self.size, HEAD_SCALES[head], 3 * self.hog_nbins, self.num_decoded
+        width, tokens = size.decoder_embed_dim, 1 + self.num_encoded + masked
         total = Product(linear=_linear(self.num_encoded + 1, size.embed_dim, width))
         for _ in range(size.decoder_depth - 1):
             total += _block(tokens, width, size.mlp_ratio)
-        read = masked if scale >= 1 else self.num_patches
+        read = masked if scale >= 1 else tokens - 1
         total += _block(tokens, width, size.mlp_ratio, queries=read)
         return total + Product(linear=self._prediction(scale, masked=masked, width=width, outputs=outputs))
 
@@ -323,8 +333,9 @@ class ModelCosts(EncoderCosts):
 
     def _head_kept(self, head: int) -> Kept:
         size, scale, outputs = self.size, HEAD_SCALES[head], 3 * self.hog_nbins
-        tokens, visible, width = self.num_patches + 1, self.num_encoded + 1, size.decoder_embed_dim
-        read = self.num_patches - self.num_encoded if scale >= 1 else self.num_patches
+        visible, width = self.num_encoded + 1, size.decoder_embed_dim
+        tokens = visible + self.num_decoded
+        read = self.num_decoded if scale >= 1 else tokens - 1
         # The tap itself is the input of the next block, which keeps it already; the last block has no next.
         taps = 2 if tap_blocks(size.depth)[head] == size.depth else 1
         kept = Kept(numbers=taps * visible * size.embed_dim, float32=2.0 * visible)
@@ -434,6 +445,8 @@ class ClassifierCosts(EncoderCosts):
         return super().weight_bytes(precision) + (4 * self.parameters if self.keeps_average else 0)
 
 
-def costs_of(config: Config) -> EncoderCosts:
-    """Return the costs of the model that a run trains: LocalMIM, or a classifier."""
-    return ClassifierCosts.from_config(config) if config.run.task == "finetune" else ModelCosts.from_config(config)
+def costs_of(config: Config, images: ImageStage | None = None) -> EncoderCosts:
+    """Return the costs of the model that a run trains, LocalMIM or a classifier, in a stage of its curriculum."""
+    if config.run.task == "finetune":
+        return ClassifierCosts.from_config(config)
+    return ModelCosts.from_config(config, images)

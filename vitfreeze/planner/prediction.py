@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_accumulation, find_ds_config
+from vitfreeze.curriculum import ImageStage, plain_stage
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
+from vitfreeze.planner.growth import fit_micro_batch
 from vitfreeze.planner.measured import StepTimes, relative_cost
 from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
 from vitfreeze.schedule import RunSchedule, build_schedule
@@ -49,6 +51,7 @@ class Stage:
     epoch: float
     share_of_run: float
     frozen_layers: int
+    images: ImageStage
     layers_frozen_now: tuple[int, ...]
     heads_left: tuple[int, ...]
     trainable_parameters: int
@@ -191,8 +194,8 @@ class _Planner:
         stages = self.stages(steps_per_epoch)
         total = self.schedule.total_steps
         rank_hours = sum(stage.steps * stage.step_ms for stage in stages) / 3.6e6 * self.machine.world_size
-        start = stages[0]
-        saving = _saved_share(stages, lambda stage: stage.relative_cost)
+        plain = self.costs.step_flops(0)
+        plain_ms = self.step_time(plain_stage(self.config), 0)[1]
         spread = self.machine.world_size > 1
         micro, accumulation = derive_accumulation(self.config, world_size=self.machine.world_size)
         freeze = self.config.freeze
@@ -202,26 +205,34 @@ class _Planner:
             steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=self.schedule.shared.warmup_steps,
             global_batch=self.config.batch.global_size, micro_batch=micro, accumulation=accumulation, stages=stages,
             timing=self.timing(), gpu_hours=rank_hours,
-            gpu_hours_saved=start.step_ms * total / 3.6e6 * self.machine.world_size - rank_hours,
-            saving=saving, flops_saving=_saved_share(stages, lambda stage: stage.flops_per_image),
+            gpu_hours_saved=plain_ms * total / 3.6e6 * self.machine.world_size - rank_hours,
+            saving=_saved_share(stages, lambda stage: stage.relative_cost, plain=1.0),
+            flops_saving=_saved_share(stages, lambda stage: stage.flops_per_image, plain=plain),
             peak_memory_bytes=max(stage.memory_bytes for stage in stages),
-            communication_saving=_saved_share(stages, lambda s: s.communication_bytes_per_step) if spread else None,
+            communication_saving=_saved_share(
+                stages, lambda s: s.communication_bytes_per_step, plain=stages[0].communication_bytes_per_step
+            ) if spread else None,
             bandwidth_gigabytes=self.bandwidth_gigabytes, notes=self.notes(),
             authors=describe_authors(self.config) if images_per_epoch == IMAGENET_TRAIN_IMAGES else "",
         )  # fmt: skip
 
     def stages(self, steps_per_epoch: int) -> tuple[Stage, ...]:
-        changes = [(0, 0), *self.schedule.prefix_changes()]
-        ends = [step for step, _ in changes[1:]] + [self.schedule.total_steps]
+        frozen_from = {0: 0, **dict(self.schedule.prefix_changes())}
+        borders = {stage.first_step for stage in self.schedule.curriculum.stages}
+        firsts = sorted(step for step in {*frozen_from, *borders} if step < self.schedule.total_steps)
         stages: list[Stage] = []
-        for (first, frozen), end in zip(changes, ends, strict=True):
+        for first, end in zip(firsts, [*firsts[1:], self.schedule.total_steps], strict=True):
             before = stages[-1].frozen_layers if stages else 0
+            frozen = frozen_from.get(first, before)
             stages.append(self.stage(first, end, before=before, frozen=frozen, steps_per_epoch=steps_per_epoch))
         return tuple(stages)
 
     def stage(self, first: int, end: int, *, before: int, frozen: int, steps_per_epoch: int) -> Stage:
-        costs, machine = self.costs, self.machine
-        micro, accumulation = derive_accumulation(self.config, world_size=machine.world_size)
+        machine, images = self.machine, self.schedule.curriculum.at(first)
+        costs = costs_of(self.config, images)
+        micro, accumulation = fit_micro_batch(
+            self.config, world_size=machine.world_size, frozen_layers=frozen, precision=machine.precision, images=images
+        )  # fmt: skip
         groups = costs.trained_groups(frozen)
         trained = sum(groups)
         parts = machine.world_size if machine.zero_stage else 1
@@ -232,10 +243,10 @@ class _Planner:
         activations = micro * costs.activation_bytes(frozen, precision=machine.precision)
         kept = trained * machine.gradient_bytes_per_parameter // (parts if machine.zero_stage == 2 else 1)
         weights = costs.weight_bytes(machine.precision)
-        cost, step_ms = self.step_time(frozen)
+        cost, step_ms = self.step_time(images, frozen)
         return Stage(
             first_step=first, end_step=end, epoch=first / steps_per_epoch,
-            share_of_run=first / self.schedule.total_steps, frozen_layers=frozen,
+            share_of_run=first / self.schedule.total_steps, frozen_layers=frozen, images=images,
             layers_frozen_now=tuple(range(before, frozen)), heads_left=costs.heads_left(frozen),
             trainable_parameters=trained, optimizer_state_bytes=state, gradient_bytes_per_step=gradients,
             communication_bytes_per_step=sent, activation_bytes=activations,
@@ -250,12 +261,16 @@ class _Planner:
         gathered = trained * BYTES_OF_PRECISION[self.machine.precision] if self.machine.zero_stage else 0
         return (2 * gradients + gathered) * (world_size - 1) / world_size
 
-    def step_time(self, frozen: int) -> tuple[float, float]:
-        """Return the cost relative to the start and the milliseconds of an optimizer step."""
-        cost = relative_cost(frozen, costs=self.costs, times=self.times)
+    def step_time(self, images_stage: ImageStage, frozen: int) -> tuple[float, float]:
+        """Return the cost of an optimizer step relative to a plain one, and its milliseconds.
+
+        Measured steps are those of plain images: a stage of the curriculum takes its counted share of them.
+        """
+        flops = costs_of(self.config, images_stage).step_flops(frozen)
+        cost = relative_cost(frozen, costs=self.costs, times=self.times) * (flops / self.costs.step_flops(frozen))
         images = self.config.batch.global_size / self.machine.world_size
         if self.times is None:
-            return cost, 1e3 * self.costs.step_flops(frozen) * images / (self.teraflops * 1e12)
+            return cost, 1e3 * flops * images / (self.teraflops * 1e12)
         return cost, cost * self.times.ms_per_image * images
 
     def timing(self) -> str:
@@ -270,7 +285,7 @@ class _Planner:
         if self.schedule.adaptive is not None:
             every, floor = self.schedule.adaptive.check_every_steps, self.schedule.adaptive.floor_step
             share = 1 - -(-floor // every) * every / self.schedule.total_steps
-            most = share * (1 - self.step_time(costs.size.depth)[0])
+            most = share * (1 - self.step_time(plain_stage(self.config), costs.size.depth)[0])
             notes.append(
                 f"freeze.mode is adaptive: what freezes is measured in the run; at most {most:.1%} can be saved, "
                 "if all layers but the last freeze at the floor"
@@ -288,6 +303,7 @@ class _Planner:
         return tuple(notes)
 
 
-def _saved_share(stages: Sequence[Stage], cost: Callable[[Stage], float]) -> float:
+def _saved_share(stages: Sequence[Stage], cost: Callable[[Stage], float], *, plain: float) -> float:
+    """Return what is saved of a run all of whose steps cost what a plain one does."""
     spent = sum(stage.steps * cost(stage) for stage in stages)
-    return 1 - spent / (sum(stage.steps for stage in stages) * cost(stages[0]))
+    return 1 - spent / (sum(stage.steps for stage in stages) * plain)

@@ -39,11 +39,24 @@ def _explain_state(plan: Plan) -> str:
 
 
 def _format_stages(plan: Plan) -> str:
-    heading = ["step", "epoch", "of run", "freezes", "heads left", "trainable", "optimizer", "gradients", "activations"]
+    heading = [
+        "step",
+        "epoch",
+        "of run",
+        "masked",
+        "decoded",
+        "freezes",
+        "heads left",
+        "trainable",
+        "optimizer",
+        "gradients",
+        "activations",
+    ]
     rows = [heading + ["memory", "step ms", "step cost"] + (["comm. ms"] if plan.bandwidth_gigabytes else [])]
     for stage in plan.stages:
         row = [
-            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", _name_layers(stage),
+            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", f"{stage.images.mask_ratio:g}",
+            f"{stage.images.decoded_share:g}", _name_layers(stage),
             " ".join(str(head) for head in stage.heads_left), f"{stage.trainable_parameters / 1e6:.2f} M",
             format_bytes(stage.optimizer_state_bytes), format_bytes(stage.gradient_bytes_per_step),
             format_bytes(stage.activation_bytes), format_bytes(stage.memory_bytes),

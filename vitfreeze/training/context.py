@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from vitfreeze.data import TrainLoader, merge_reports
 from vitfreeze.data.epoch_report import EpochReport
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.gpu import peak_teraflops
-from vitfreeze.planner import EncoderCosts, costs_of
+from vitfreeze.planner import costs_of
 from vitfreeze.report import Meter, Reporter, WaitWatch
 from vitfreeze.schedule import RunSchedule, ScheduledStep
 from vitfreeze.training.state import RunState
@@ -41,18 +40,15 @@ class Run:
         steps = every.to_steps(steps_per_epoch=self.loader.steps_per_epoch, total_steps=total_steps)
         return every.value > 0 and (done % max(steps, 1) == 0 or done == total_steps)
 
-    @cached_property
-    def _costs(self) -> EncoderCosts:
-        """What the model asks for; operations that recomputing adds are no use of the device."""
-        return replace(costs_of(self.config), activation_checkpointing=False)
-
-    def _measure_use(self, images_per_second: float, *, frozen_layers: int) -> dict[str, float]:
+    def _measure_use(self, images_per_second: float, now: ScheduledStep) -> dict[str, float]:
         """Return the operations per second of a rank in 1e12, and, if the GPU is known, their share of its peak (MFU).
 
         Source: Chowdhery et al., "PaLM", 2022, appendix B; only operations that the frozen prefix leaves count.
         """
         engine = self.engine
-        teraflops = images_per_second * self._costs.step_flops(frozen_layers) / engine.world_size / 1e12
+        # Operations that recomputing adds are no use of the device.
+        costs = replace(costs_of(self.config, now.images), activation_checkpointing=False)
+        teraflops = images_per_second * costs.step_flops(now.frozen_layers) / engine.world_size / 1e12
         peak = peak_teraflops(engine.device, precision=engine.settings.precision)
         return {"teraflops": teraflops} | ({"mfu": teraflops / peak} if peak else {})
 
@@ -75,9 +71,11 @@ class Run:
             epoch=done / self.loader.steps_per_epoch,
             **figures,
             **({"eval": worth} if worth else {}),
-            **self._measure_use(figures["images_per_second"], frozen_layers=now.frozen_layers),
+            **self._measure_use(figures["images_per_second"], now),
             lr=now.learning_rates,
             frozen_layers=now.frozen_layers,
+            mask_ratio=now.images.mask_ratio,
+            decoded_share=now.images.decoded_share,
             optimizer_state_bytes=engine.optimizer_state_bytes(),
             gradient_elements=engine.gradient_elements(),
             loss_scale=engine.loss_scale,

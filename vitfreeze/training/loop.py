@@ -40,6 +40,7 @@ def run_task(task: Task, *, fresh: bool) -> int:
     loader = open_training(
         config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
+    build_schedule(config, steps_per_epoch=loader.steps_per_epoch)  # refuses what cannot be, before anything is made
     with RunFolder(directory, ranks=ranks):
         start = choose_start(config, directory, fresh=fresh, ranks=ranks, steps_per_epoch=loader.steps_per_epoch)
         run = prepare(task, loader, ranks, directory=directory, start=start)
@@ -98,8 +99,8 @@ def train(run: Run, *, start_step: int) -> bool:
         for step in range(start_step, total_steps):
             measure_change(run, step)
             now = schedule.at(step)
-            froze = freeze_layers(run, now)
-            if batches is None or froze:
+            froze, began = freeze_layers(run, now), begin_stage(run, now)
+            if batches is None or froze or began:
                 batches = feed(run, now, batches)
             engine.set_learning_rates(now.learning_rates)
             take_step(run, now, batches, guard)
@@ -144,6 +145,17 @@ def freeze_layers(run: Run, now: ScheduledStep) -> bool:
     return True
 
 
+def begin_stage(run: Run, now: ScheduledStep) -> bool:
+    """Log that images are treated otherwise from this step on; return whether they are."""
+    images = now.images
+    if now.step == 0 or now.step != images.first_step:
+        return False
+    message = f"step {now.step}: mask ratio {images.mask_ratio:g}, decoded share {images.decoded_share:g} from here on"
+    run.reporter.log_event("stage", now.step, message=message, **asdict(images))
+    run.meter.restart()
+    return True
+
+
 def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None) -> Iterator[Batch]:
     """Return the batches to go on with: in larger micro-batches if freezing has made room for them."""
     engine = run.engine
@@ -152,6 +164,7 @@ def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None) -> Itera
         world_size=engine.world_size,
         frozen_layers=now.frozen_layers,
         precision=engine.settings.precision,
+        images=now.images,
     )
     if batches is not None and micro_batch == engine.micro_batch:
         return batches

@@ -74,8 +74,13 @@ class Pretraining:
         self, engine: FreezingEngine, batch: Batch, *, now: ScheduledStep, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum over the living scales, and the loss of each."""
-        images = normalize(batch.images, colours=self.config.data.colours)
-        output = engine(images, noise=batch.noise, scale_weights=now.scale_weights)
+        output = engine(
+            normalize(batch.images, colours=self.config.data.colours),
+            noise=batch.noise,
+            scale_weights=now.scale_weights,
+            mask_ratio=now.images.mask_ratio,
+            decoded_share=now.images.decoded_share,
+        )
         return output.loss, {f"{HEAD_SCALES[k]:g}": loss for k, loss in zip(now.heads, output.losses, strict=True)}
 
     def end_step(self, engine: FreezingEngine) -> None:

@@ -1,0 +1,99 @@
+"""Stages of a run: which step belongs to which, what they cost, what is refused, and exact resumption across them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import KILLED, Bench, Kill, newest_checkpoint, read_events, read_losses
+from safetensors.torch import load_file
+
+from vitfreeze.config import Config, ConfigError, build_config, dump_config, load_config
+from vitfreeze.planner import plan
+from vitfreeze.schedule import build_schedule
+
+CURRICULUM = {
+    "curriculum.mask_ratio": [[0, 0.85], ["5 steps", 0.75]],
+    "curriculum.decoded_share": [[0, 0.5], [0.75, 1]],
+    "model.img_size": 64,
+    "model.patch_size": 8,
+    "run.length": "16 steps",
+    "optim.warmup": "1 steps",
+}
+
+
+def configure(**values: Any) -> Config:
+    values = {**CURRICULUM, **{key.replace("__", "."): value for key, value in values.items()}}
+    return build_config({key: (value, "a test") for key, value in values.items()}, recipe="test")
+
+
+def test_a_stage_holds_until_the_next_begins() -> None:
+    run = build_schedule(configure(freeze__mode="off"), steps_per_epoch=10)
+    seen = [(run.at(s).images.mask_ratio, run.at(s).images.decoded_share) for s in (0, 4, 5, 11, 12, 15)]
+    assert seen == [(0.85, 0.5)] * 2 + [(0.75, 0.5)] * 2 + [(0.75, 1.0)] * 2
+    assert [step for step in range(16) if run.at(step).ends_stage] == [4, 11]
+
+
+def test_without_a_curriculum_there_is_one_stage() -> None:
+    run = build_schedule(configure(curriculum__mask_ratio=[], curriculum__decoded_share=[]), steps_per_epoch=10)
+    assert {(run.at(s).images.mask_ratio, run.at(s).images.decoded_share) for s in range(16)} == {(0.75, 1.0)}
+
+
+def test_stages_come_back_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(configure()))
+    assert load_config(path).curriculum == configure().curriculum
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mask_ratio", [[0, 0.8], [0.5, 0.7], [0.4, 0.6]], "in rising order"),
+        ("mask_ratio", [[0.1, 0.8]], r"stages \[\[0, value\]"),
+        ("mask_ratio", [[0, 0.8], ["2 steps", 0.7], ["1 steps", 0.7]], "in rising order"),
+        ("mask_ratio", [[0, 0.8], ["16 steps", 0.7]], "in the 16 steps of the run; 16 steps is step 16, behind 0"),
+        ("mask_ratio", [[0, 0.8], ["1 epochs", 0.7], [0.5, 0.7]], "0.5 is step 8, behind 10"),
+        ("mask_ratio", [[0, 1.0]], r"values in \(0, 1\)"),
+        ("mask_ratio", [[0, 0.99]], "from step 0 on, 0.99 at 64 pixels leaves 0 of 64 patches visible"),
+        ("mask_ratio", 0.8, "stages"),
+        ("decoded_share", [[0, 0]], r"values in \(0, 1\]"),
+        ("decoded_share", [[0, 0.01]], "0.01 at 64 pixels leaves none of 55 masked patches to reconstruct"),
+    ],
+)
+def test_stages_that_cannot_be(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_schedule(configure(**{f"curriculum__{key}": value}), steps_per_epoch=10)
+
+
+def test_the_plan_counts_every_stage_beside_the_plain_run() -> None:
+    config = load_config(
+        "off", ["curriculum.decoded_share=[[0, 0.5]]", "curriculum.mask_ratio=[[0, 0.8], [0.5, 0.75]]"]
+    )
+    planned, plain = plan(config), plan(load_config("off"))
+    assert [stage.images.mask_ratio for stage in planned.stages] == [0.8, 0.75]
+    assert [stage.first_step for stage in planned.stages] == [0, 31_250]
+    costs = [stage.flops_per_image / plain.stages[0].flops_per_image for stage in planned.stages]
+    assert costs == [stage.relative_cost for stage in planned.stages]
+    assert planned.saving == pytest.approx(1 - sum(costs) / 2)
+    assert planned.gpu_hours + planned.gpu_hours_saved == pytest.approx(plain.gpu_hours)
+    assert planned.stages[0].activation_bytes < planned.stages[1].activation_bytes < plain.stages[0].activation_bytes
+
+
+@pytest.mark.distributed
+def test_killed_around_every_border_it_ends_to_the_bit(tmp_path: Path) -> None:
+    stages = {"mask_ratio": [[0, 0.5], ["5 steps", 0.75]], "decoded_share": [[0, 0.5], ["10 steps", 1]]}
+    bench = Bench(tmp_path, curriculum=stages, checkpoint={"every": "1 steps"}, model={"size": "vit_tiny_test"})
+    assert bench.run("whole") == [0], bench.log("whole")
+    for step in (4, 5, 9, 10):  # the last step of a stage, and the first of the next
+        job = bench.start("killed", kill=Kill(where="update", step=step))
+        assert job.wait() == [KILLED], bench.log("killed")
+    assert bench.run("killed", "curriculum.mask_ratio=[[0, 0.6]]") == [2]
+    assert "curriculum.mask_ratio" in bench.log("killed")
+    assert bench.run("killed") == [0], bench.log("killed")
+    assert read_losses(bench.folder / "killed") == read_losses(bench.folder / "whole")
+    names = ("weights.safetensors", "rank-00000.safetensors")
+    for name in names:
+        mine, theirs = (load_file(newest_checkpoint(bench.folder / run) / name) for run in ("killed", "whole"))
+        assert [key for key, value in mine.items() if not value.equal(theirs[key])] == []
+    assert [event["step"] for event in read_events(bench.folder / "whole", "stage")] == [5, 10]
