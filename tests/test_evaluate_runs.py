@@ -20,6 +20,7 @@ from vitfreeze.config import Config, ConfigError, build_config
 from vitfreeze.engine import join_ranks
 from vitfreeze.evaluate import EvaluationData, Features, LinearSettings, evaluate_knn, knn_over_ranks, train_linear
 from vitfreeze.evaluate.probe import Probe
+from vitfreeze.evaluate.ridge import ridge_over_ranks
 from vitfreeze.ranks import Ranks
 from vitfreeze.training.pretrain import pretrain
 
@@ -66,9 +67,11 @@ def test_probe_is_logged_beside_the_loss(run_dir: Path) -> None:
     probed = {line["step"]: line["eval"] for line in lines if "eval" in line}
     assert set(probed) == {4, 8, 12}
     assert all(0 <= worth["knn_3"] <= 1 and 0 < worth["share_of_time"] <= 1 for worth in probed.values())
+    assert all(0 <= worth["linear"] <= 1 for worth in probed.values())
     assert all("loss" in line for line in lines)
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in board.Scalars("eval/knn_3")] == [4, 8, 12]
+    assert [event.step for event in board.Scalars("eval/linear")] == [4, 8, 12]
     assert [event.step for event in board.Images("reconstruction")] == [6, 12]
 
 
@@ -208,6 +211,14 @@ def share(features: Features, rank: int, world_size: int) -> Features:
     return Features(features.features[part], features.labels[part])
 
 
+def test_ridge_finds_what_is_linear_and_nothing_in_noise() -> None:
+    """Labels by the largest of three directions are found; labels that have nothing to do with the features are not."""
+    train, test = make_features(400, seed=1), make_features(200, seed=2)
+    seen = [Features(x.features, x.features[:, :3].argmax(dim=1)) for x in (train, test)]
+    assert ridge_over_ranks(*seen, ranks=ALONE) > 0.8
+    assert ridge_over_ranks(train, test, ranks=ALONE) < 0.35
+
+
 def evaluate_here() -> tuple[dict[int, float], list[tuple[float, float]]]:
     """What each rank does with its share."""
     ranks = join_ranks()
@@ -216,6 +227,7 @@ def evaluate_here() -> tuple[dict[int, float], list[tuple[float, float]]]:
     settings = LinearSettings(optimizer="sgd", blr=(0.01, 0.1, 1.0), epochs=5, warmup_epochs=1)
     results = train_linear(train, test, settings=settings, ranks=ranks)
     knn = knn_over_ranks(shares[0], shares[1], k=(1, 7), ranks=ranks)
+    knn[0] = ridge_over_ranks(shares[0], shares[1], ranks=ranks)
     return knn, [(result.top1, result.loss) for result in results]
 
 

@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_knn(commands)
     _add_linear(commands)
     _add_export(commands)
+    _add_features(commands)
     _add_show(commands)
     _add_config(commands)
     _add_plan(commands)
@@ -241,6 +242,30 @@ def _export(parsed: argparse.Namespace) -> int:
     from vitfreeze.export import export_run
 
     print(export_run(parsed.weights, to=parsed.to, out=parsed.out))
+    return 0
+
+
+def _add_features(commands: Commands) -> None:
+    parser = _add_command(commands, "features", _features, help="write the features of images into a file")
+    _add_weights(parser)
+    parser.add_argument("images", nargs="+", help="image files, a folder of images, or shards")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help=".npz or .safetensors")
+    parser.add_argument("--blocks", nargs="+", type=int, default=(), metavar="N", help="from 1; default: the last")
+    what = "token: class token; mean: of the patches; grid: the patches; default: token mean"
+    parser.add_argument("--what", nargs="+", default=("token", "mean"), metavar="KIND", help=what)
+    parser.add_argument("--workers", type=int, default=0, help="decoding processes, for shards (default %(default)s)")
+    _add_allow_pipe(parser)
+
+
+def _features(parsed: argparse.Namespace) -> int:
+    from vitfreeze.evaluate import write_features
+
+    out = write_features(
+        parsed.weights, parsed.images, out=Path(parsed.out), kinds=parsed.what, blocks=parsed.blocks,
+        workers=parsed.workers, allow_pipe=parsed.allow_pipe,
+    )  # fmt: skip
+    if _is_first_rank():
+        print(out)
     return 0
 
 

@@ -192,7 +192,7 @@ class ModelConfig:
     compile: bool = option(False, "torch.compile each block", may_change=True)
     init_from: str = option(
         "",
-        "first weights: a run, an export, LocalMIM's, MAE's or DINO's .pth, timm:NAME",
+        "first weights: a run, an export, a .pth of LocalMIM, MAE or DINO, timm:NAME",
         may_change=True,
         is_path=True,
     )
@@ -367,7 +367,7 @@ class EvalConfig:
     """Evaluation on the way: k-NN on held-out images in pre-training, all validation images in fine-tuning."""
 
     every: Duration = option(Duration(0, "steps"), "how often to evaluate; 0: never", unit=IN_RUN, may_change=True)
-    samples: int = option(2000, "held-out images of k-NN, and as many training images", AT_LEAST_1, may_change=True)
+    samples: int = option(2000, "held-out images of probes, and as many training images", AT_LEAST_1, may_change=True)
     k: int = option(10, "neighbours", AT_LEAST_1, may_change=True)
     max_share: float = option(0.05, "share of the time above which probes are left out", SHARE, may_change=True)
 

@@ -29,7 +29,13 @@ from vitfreeze.pretrained import Pretrained, read_pretrained
 logger = logging.getLogger("vitfreeze")
 FORMATS = ("timm", "safetensors", "hf", "torch")
 _COSTS = ("seconds", "share_of_time")
-_FIGURE_NAMES = {"top1": "top-1", "top5": "top-5", "loss": "validation loss", "images": "validation images"}
+_FIGURE_NAMES = {
+    "linear": "linear probe",
+    "top1": "top-1",
+    "top5": "top-5",
+    "loss": "validation loss",
+    "images": "validation images",
+}
 ARCHITECTURE = "vit_base_patch16_224"  # timm's class; `model_args` give it the dimensions
 _TO_HF = (
     (r"^cls_token$", "embeddings.cls_token"),

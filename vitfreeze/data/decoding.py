@@ -26,6 +26,7 @@ from vitfreeze.data.errors import BadSampleError
 MAX_IMAGE_PIXELS = 89_478_485
 
 # Nothing but these: some of Pillow's other readers start programs or follow file names.
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 _FAST_COLORSPACES = frozenset({"YCbCr", "Gray", "RGB"})
 

@@ -1,6 +1,7 @@
 """What an encoder is worth: features, k-nearest neighbours, linear probes, and pictures of what it sees."""
 
 from vitfreeze.evaluate.commands import EvaluationData, evaluate_knn, evaluate_linear, show_images
+from vitfreeze.evaluate.feature_files import write_features
 from vitfreeze.evaluate.features import Features, extract_block_features, extract_features
 from vitfreeze.evaluate.knn import knn_accuracy, knn_over_ranks
 from vitfreeze.evaluate.linear import LinearSettings, find_best, train_linear
@@ -18,4 +19,5 @@ __all__ = [
     "knn_over_ranks",
     "show_images",
     "train_linear",
+    "write_features",
 ]

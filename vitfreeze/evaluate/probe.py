@@ -9,6 +9,7 @@ from vitfreeze.config import Config
 from vitfreeze.data import Batch, open_split
 from vitfreeze.evaluate.features import Features, extract_features
 from vitfreeze.evaluate.knn import knn_over_ranks
+from vitfreeze.evaluate.ridge import ridge_over_ranks
 from vitfreeze.model import LocalMIM
 from vitfreeze.ranks import Ranks
 
@@ -16,7 +17,7 @@ logger = logging.getLogger("vitfreeze")
 
 
 class Probe:
-    """k-NN of `eval.samples` validation images among as many training images, with the encoder as it is.
+    """k-NN and a linear probe of `eval.samples` validation images by as many training images, with the encoder as is.
 
     The images are decoded once and kept: later probes cost two forward passes.
 
@@ -34,7 +35,7 @@ class Probe:
         self._spent_seconds = self._last_seconds = 0.0
 
     def measure(self, model: LocalMIM) -> dict[str, float]:
-        """Return the accuracy, from 0 to 1, the seconds this took and the probes' share of the run's time so far.
+        """Return the accuracies, from 0 to 1, the seconds this took and the probes' share of the run's time so far.
 
         All ranks call it. Nothing is returned when this probe would take the share above `eval.max_share`.
 
@@ -55,15 +56,16 @@ class Probe:
         train, test = (self._extract(model, split) for split in ("train", "validation"))
         k = self.config.eval.k
         accuracy = knn_over_ranks(train, test, k=(k,), ranks=self._ranks)[k]
+        linear = ridge_over_ranks(train, test, ranks=self._ranks)
         seconds = time.perf_counter() - begin
         self._spent_seconds += seconds
         self._last_seconds = 0.0 if first else seconds  # the first one decodes, and says little of the next
         share = self._spent_seconds / (time.perf_counter() - self._started)
         logger.info(
-            "%d-NN of held-out images: %.1f %% (took %.1f s; probes take %.1f %% of the time)",
-            k, 100 * accuracy, seconds, 100 * share,
+            "%d-NN of held-out images: %.1f %%, linear probe %.1f %% (took %.1f s; probes take %.1f %% of the time)",
+            k, 100 * accuracy, 100 * linear, seconds, 100 * share,
         )  # fmt: skip
-        return {f"knn_{k}": accuracy, "seconds": seconds, "share_of_time": share}
+        return {f"knn_{k}": accuracy, "linear": linear, "seconds": seconds, "share_of_time": share}
 
     def _is_affordable(self) -> bool:
         elapsed = time.perf_counter() - self._started

@@ -12,11 +12,13 @@ from vitfreeze.config import Config
 from vitfreeze.data import open_split
 from vitfreeze.evaluate.features import extract_features
 from vitfreeze.evaluate.knn import knn_accuracy
+from vitfreeze.evaluate.ridge import ridge_over_ranks
 from vitfreeze.export import export_run
 from vitfreeze.files import read_json_lines
 from vitfreeze.model import LocalMIM
 from vitfreeze.planner import compare_run, format_comparison, is_comparable
 from vitfreeze.plots import plot_run
+from vitfreeze.ranks import Ranks
 from vitfreeze.text import format_bytes, format_table
 
 logger = logging.getLogger("vitfreeze")
@@ -58,18 +60,19 @@ def hold_against_plan(config: Config, directory: Path, metrics: Sequence[Mapping
 
 
 def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) -> list[str]:
-    """Return lines with the k-NN accuracy of the encoder and of the same encoder before training."""
+    """Return lines with the accuracy, by k-NN and a linear probe, of the encoder and of itself before training."""
     k, device = config.eval.k, next(model.parameters()).device
     lines = []
     for name, candidate in (("pre-trained", model), ("random", fresh_model.to(device))):
-        (train, train_labels), (test, test_labels) = (
+        train, test = (
             extract_features(
                 candidate, open_split(config, split), limit=config.eval.samples, colours=config.data.colours
             )
             for split in ("train", "validation")
         )
-        accuracy = knn_accuracy(train, train_labels, test, test_labels, k=(k,))[k]
-        lines.append(f"{k}-NN     {100 * accuracy:.1f} % top-1, {name} encoder ({len(test)} held-out images)")
+        whose = f"% top-1, {name} encoder ({len(test.labels)} held-out images)"
+        lines.append(f"{k}-NN     {100 * knn_accuracy(*train, *test, k=(k,))[k]:.1f} {whose}")
+        lines.append(f"linear    {100 * ridge_over_ranks(train, test, ranks=Ranks.alone(device)):.1f} {whose}")
     return lines
 
 
