@@ -323,8 +323,8 @@ class Head(nn.Module):
 
     def cell_weights(self, ids_BL: Tensor, order_LK: Tensor, *, num_visible: int) -> Tensor:
         """Return the (B, T) float32 share of each cell that is masked, and not left out."""
-        mask_BL = torch.zeros(len(ids_BL), order_LK.numel() if self.decoder.scale < 1 else len(order_LK))
-        mask_BL = mask_BL.to(ids_BL.device).scatter_(1, ids_BL[:, num_visible:], 1.0)
+        num_patches = order_LK.numel() if self.decoder.scale < 1 else len(order_LK)
+        mask_BL = torch.zeros(len(ids_BL), num_patches, device=ids_BL.device).scatter_(1, ids_BL[:, num_visible:], 1.0)
         if self.decoder.scale < 1:
             return mask_BL[:, order_LK].mean(dim=2)
         mask_BLK = mask_BL[..., None].expand(-1, -1, order_LK.shape[1])
