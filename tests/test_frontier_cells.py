@@ -25,7 +25,10 @@ def command(demo_shards: Path, out: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    # A test of this process that made an engine has left it the variables, and the open port, of a launch of one rank.
+    launch = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    inherited = {name: value for name, value in os.environ.items() if name not in launch}
+    return {**inherited, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def kill_when(path: Path, process: subprocess.Popen[str]) -> None:
