@@ -41,16 +41,9 @@ logger = logging.getLogger("vitfreeze")
 
 # Settings of pre-training that fine-tuning has no use for.
 _OTHERS = (
-    *(
-        "loss.",
-        "curriculum.",
-        "model.hog_",
-        "model.mask_ratio",
-        "model.decoder_",
-        "data.crops_per_image",
-        "freeze.heads_lr",
-    ),
-    *("freeze.cls_token", "freeze.patch_embed", "eval.samples", "eval.k", "eval.max_share", "run.show_every"),
+    *("loss.", "curriculum.", "model.hog_", "model.mask_ratio", "model.decoder_", "data.crops_per_image"),
+    *("freeze.heads_lr", "freeze.cls_token", "freeze.patch_embed"),
+    *("eval.samples", "eval.k", "eval.max_share", "run.show_every"),
 )
 
 

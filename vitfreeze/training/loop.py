@@ -64,11 +64,10 @@ def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, s
     """Build the parts of a run and bring them to where it starts."""
     config, checkpoint, meter = task.config, start.checkpoint, Meter()
     checks = read_adaptive_checks(checkpoint)
-    least_frozen = checkpoint.frozen_layers if checkpoint else 0
+    frozen_layers = checkpoint.frozen_layers if checkpoint else 0  # no schedule freezes before its first step
     schedule = build_schedule(
-        config, steps_per_epoch=loader.steps_per_epoch, events=checks, least_frozen=least_frozen
+        config, steps_per_epoch=loader.steps_per_epoch, events=checks, least_frozen=frozen_layers
     )  # fmt: skip
-    frozen_layers = checkpoint.frozen_layers if checkpoint else schedule.at(0).frozen_layers
     model = task.build_model(is_new=checkpoint is None)
     engine = build_engine(config, ranks, frozen_layers=frozen_layers, model=model)
     state = RunState(config=config, engine=engine, schedule=schedule, meter=meter, resumed_from=start.resumed_from)
