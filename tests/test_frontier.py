@@ -38,7 +38,7 @@ def test_default_arms_are_at_most_eight() -> None:
     arms = parse_arms(DEFAULT_ARMS)
     assert len(arms) <= 8
     assert [arm.name for arm in arms] == DEFAULT_ARMS.split(",")
-    assert {arm.kind.recipe for arm in arms} == {"off", "paper", "unscaled", "t09"}
+    assert {arm.kind.recipe for arm in arms} == {"off", "paper", "unscaled"}
 
 
 @pytest.mark.parametrize(

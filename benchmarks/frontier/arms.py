@@ -18,13 +18,17 @@ class Kind:
     Attributes:
         recipe: recipe of vitfreeze that it follows.
         tuned_as: kind whose learning rate it takes.
-        stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
         words: what it is, in words.
+        rates: rates of layers that freeze, where they are not the paper's.
+        small_first: whether the run begins with small images: sizes and shares are those of the study's size.
+        stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
     """
 
     recipe: str
     tuned_as: str
     words: str
+    rates: str | None = None
+    small_first: bool = False
     stopped: bool = False
 
 
@@ -35,9 +39,24 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "paper": Kind(recipe="paper", tuned_as="paper", words="frozen: t_0 0.8, cubic, scaled rates"),
         "unscaled": Kind(recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, unscaled rates"),
         "t09": Kind(recipe="t09", tuned_as="paper", words="frozen: t_0 0.9, cubic, scaled rates"),
+        "global": Kind(
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, one cosine for all", rates="global"
+        ),
+        "stable": Kind(
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates", rates="stable"
+        ),
+        "small": Kind(recipe="off", tuned_as="plain", words="small images first, not frozen", small_first=True),
+        "small_global": Kind(
+            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `global`", rates="global",
+            small_first=True,
+        ),
+        "small_stable": Kind(
+            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `stable`", rates="stable",
+            small_first=True,
+        ),
     }
-)
-DEFAULT_ARMS = "plain,plain-0.7,plain-0.5,stopped-0.7,stopped-0.5,paper,unscaled,t09"
+)  # fmt: skip
+DEFAULT_ARMS = "plain,small,global,small_global,stable,paper,plain-0.7,stopped-0.7"
 
 
 @dataclass(frozen=True, kw_only=True)

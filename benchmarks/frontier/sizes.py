@@ -23,6 +23,7 @@ class Size:
         labels: labels for fine-tuning, unless all are wanted.
         held_out: training images put aside for every choice.
         stored_pixels: shorter side to which larger images are shrunk when a folder is packed.
+        small_first: image sizes of the arms that begin with small images: share of the run, pixels.
         probe: options of both probes.
         linear: options of the linear probe.
         all_labels: whether fine-tuning always sees all labels.
@@ -41,6 +42,7 @@ class Size:
     labels: int
     held_out: int
     stored_pixels: int
+    small_first: str
     probe: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     all_labels: bool = False
@@ -99,6 +101,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             labels=48,
             held_out=24,
             stored_pixels=64,
+            small_first="[[0, 16], [0.6, 32]]",
             linear=("--epochs", "12", "--warmup-epochs", "1"),
         ),
         "cpu": Size(
@@ -130,6 +133,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             labels=5000,
             held_out=5000,
             stored_pixels=72,
+            small_first="[[0, 32], [0.6, 48]]",
             probe=("--limit", "10000"),
             linear=("--blr", "1", "3", "10", "30", "100"),
         ),
@@ -161,6 +165,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             labels=5000,
             held_out=5000,
             stored_pixels=96,
+            small_first="[[0, 48], [0.6, 64]]",
             linear=("--blr", "1", "3", "10", "30", "100"),
         ),
         "imagenet": Size(
@@ -175,6 +180,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             labels=1_276_167,
             held_out=5000,
             stored_pixels=288,
+            small_first="[[0, 128], [0.3, 160], [0.55, 224]]",
             all_labels=True,
             teraflops=100,
         ),

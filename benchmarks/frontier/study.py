@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier.arms import STOP_GRID
+from benchmarks.frontier.arms import STOP_GRID, parse_arm
 from benchmarks.frontier.cells import Cell
 from benchmarks.frontier.costs import Planner, Run, Stretch, count_cost
 from benchmarks.frontier.errors import InputError
@@ -63,7 +64,12 @@ class Study:
 
     def pretraining_settings(self, cell: Cell) -> list[str]:
         """Return the settings of a cell's pre-training, but for its length."""
+        kind = cell.arm.kind
         chosen = {**self.size.encoder, **self.size.pretraining, "optim.blr": f"{cell.blr:g}"}
+        if kind.rates:
+            chosen["freeze.rates"] = kind.rates
+        if kind.small_first:
+            chosen["curriculum.img_size"] = self.size.small_first
         return [*as_overrides(chosen), f"run.seed={cell.seed}", "run.show_every=0"]
 
     def finetuning_settings(self, cell: Cell) -> list[str]:
@@ -77,7 +83,8 @@ class Study:
 
     def reference_flops(self, cell: Cell) -> float:
         """Return the operations of the plain run of budget 1."""
-        settings = [*without_seed(self.pretraining_settings(cell)), f"run.length={self.size.steps} steps"]
+        plain = dataclasses.replace(cell, arm=parse_arm("plain"))
+        settings = [*without_seed(self.pretraining_settings(plain)), f"run.length={self.size.steps} steps"]
         return count_cost(self._planner(self.split.train).stretches("off", settings))
 
     def lengths(self, cell: Cell) -> Lengths:
