@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from vitfreeze.config import Config, ConfigError, build_config, dump_config, load_config
 from vitfreeze.planner import format_plan, plan
+from vitfreeze.planner.input import core_seconds_per_crop
 from vitfreeze.schedule import build_schedule
 
 CURRICULUM = {
@@ -84,6 +86,37 @@ def test_the_plan_counts_every_stage_beside_the_plain_run() -> None:
     assert "buy" not in format_plan(plain)
     assert planned.gpu_hours + planned.gpu_hours_saved == pytest.approx(plain.gpu_hours)
     assert planned.stages[0].activation_bytes < planned.stages[1].activation_bytes < plain.stages[0].activation_bytes
+
+
+def test_the_plan_says_what_every_stage_asks_of_gpu_and_host() -> None:
+    sizes = "curriculum.img_size=[[0, 128], [0.5, 224]]"
+    planned = plan(load_config("off", [sizes, "batch.grow_micro_batch=true"]), teraflops=100, world_size=2)
+    small, large = planned.stages
+    assert (small.micro_batch, small.accumulation) == (512, 2)  # a third of the activations leaves room for twice
+    assert (large.micro_batch, large.accumulation) == (256, 4)
+    for stage in planned.stages:
+        assert stage.images_per_second == pytest.approx(100e12 / stage.flops_per_image)
+    assert small.input_cores is not None
+    assert large.input_cores is not None
+    assert 2.4 < small.input_cores / large.input_cores < 2.7, "three times the images, each hardly cheaper"
+    heading, *rows = format_plan(planned).split("\n\n")[1].splitlines()
+    assert "pixels" in heading
+    assert "masked" not in heading, "what never changes stands above the table"
+    assert "0.75 of the patches masked, 1 of those decoded" in format_plan(planned)
+    for row, stage in zip(rows, planned.stages, strict=True):
+        assert f" {stage.images.img_size} " in row
+        assert row.endswith(f"{stage.images_per_second:,.0f}{stage.input_cores:7.1f}")
+    assert asdict(planned)["stages"][0]["input_cores"] == small.input_cores
+
+
+def test_the_cores_of_the_plan_are_those_that_were_measured() -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "data_amd_epyc_cpu.txt"
+    line = next(line for line in results.read_text().splitlines() if line.startswith("whole pipeline"))
+    measured = float(line.split()[2].replace(",", ""))
+    full, small = (core_seconds_per_crop(img_size=size, crops_per_image=1) for size in (224, 128))
+    assert 1 / full == pytest.approx(measured, rel=0.01)
+    assert 1.14 < full / small < 1.19
+    assert core_seconds_per_crop(img_size=224, crops_per_image=2) < 0.75 * full, "one decoding for two crops"
 
 
 @pytest.mark.distributed

@@ -11,6 +11,7 @@ from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_ac
 from vitfreeze.curriculum import ImageStage, plain_stage
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
+from vitfreeze.planner.input import core_seconds_per_crop
 from vitfreeze.planner.measured import StepTimes, relative_cost
 from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
 from vitfreeze.schedule import RunSchedule, build_schedule
@@ -44,7 +45,11 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stretch of the run between two freezes. Bytes are those of the rank that holds most."""
+    """A stretch of the run between two freezes or changes of the images. Bytes are those of the rank that holds most.
+
+    `images_per_second` are those that one GPU trains, without communication; `input_cores` the cores of its host that
+    make as many, None for fine-tuning, whose augmentation nobody has timed.
+    """
 
     first_step: int
     end_step: int
@@ -58,11 +63,15 @@ class Stage:
     optimizer_state_bytes: int
     gradient_bytes_per_step: int
     communication_bytes_per_step: float
+    micro_batch: int
+    accumulation: int
     activation_bytes: float
     memory_bytes: float
     flops_per_image: float
     relative_cost: float
     step_ms: float
+    images_per_second: float
+    input_cores: float | None
     communication_ms: float | None
 
     @property
@@ -249,14 +258,16 @@ class _Planner:
         kept = trained * machine.gradient_bytes_per_parameter // (parts if machine.zero_stage == 2 else 1)
         weights = costs.weight_bytes(machine.precision)
         cost, step_ms = self.step_time(images, frozen)
+        speed = 1e3 * self.config.batch.global_size / machine.world_size / step_ms
         return Stage(
             first_step=first, end_step=end, epoch=first / steps_per_epoch,
             share_of_run=first / self.schedule.total_steps, frozen_layers=frozen, images=images,
             layers_frozen_now=tuple(range(before, frozen)), heads_left=costs.heads_left(frozen),
             trainable_parameters=trained, optimizer_state_bytes=state, gradient_bytes_per_step=gradients,
-            communication_bytes_per_step=sent, activation_bytes=activations,
+            communication_bytes_per_step=sent, micro_batch=micro, accumulation=accumulation,
+            activation_bytes=activations,
             memory_bytes=weights + kept + state + activations, flops_per_image=costs.step_flops(frozen),
-            relative_cost=cost, step_ms=step_ms,
+            relative_cost=cost, step_ms=step_ms, images_per_second=speed, input_cores=self.input_cores(speed, images),
             communication_ms=None if self.bandwidth_gigabytes is None else sent / self.bandwidth_gigabytes / 1e6,
         )  # fmt: skip
 
@@ -277,6 +288,13 @@ class _Planner:
         if self.times is None:
             return cost, 1e3 * flops * images / (self.teraflops * 1e12)
         return cost, cost * self.times.ms_per_image * images
+
+    def input_cores(self, images_per_second: float, images: ImageStage) -> float | None:
+        """Cores that make the images of one GPU, as far as their cost was measured."""
+        if self.config.run.task == "finetune":
+            return None
+        crops = self.config.data.crops_per_image
+        return images_per_second * core_seconds_per_crop(img_size=images.img_size, crops_per_image=crops)
 
     def timing(self) -> str:
         if self.times is not None:
@@ -304,7 +322,7 @@ class _Planner:
                 "norms, the optimizer, data; measure them with `vitfreeze bench step --json`"
             )
         elif self.times is None:
-            notes.append("not counted: norms, the optimizer, data, validation")
+            notes.append("not counted: norms, the optimizer, augmentation and the cores it needs, validation")
         return tuple(notes)
 
 
