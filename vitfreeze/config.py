@@ -753,6 +753,24 @@ def differing_settings(config: Config, other: Config, *, free: Collection[str] =
     return lines
 
 
+def overrides_between(config: Config, other: Config) -> list[str]:
+    """Return the overrides `section.key=value` that make `other` of `config`."""
+    return [
+        f"{key}={_format_value(_plain(theirs))}"
+        for (key, mine, _), (_, theirs, _) in zip(settings(config), settings(other), strict=True)
+        if mine != theirs
+    ]
+
+
+def _format_value(value: Any) -> str:
+    """Return a plain value as an override spells it."""
+    if isinstance(value, list):
+        return f"[{', '.join(_format_value(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
 def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:
     """Yield ('section.key', plain value, where it stands) from a YAML file of sections, those of its base first."""
     if path.resolve() in above:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 
 from vitfreeze.planner.comparison import Comparison
 from vitfreeze.planner.prediction import Plan, Stage
-from vitfreeze.planner.targets import Target
+from vitfreeze.planner.targets import Targets
 from vitfreeze.text import format_bytes, format_table
 
 
@@ -172,14 +173,22 @@ def format_plans_side_by_side(plan: Plan, other: Plan) -> str:
     return format_table(rows)
 
 
-def format_targets(targets: Sequence[Target], *, target_saving: float) -> str:
-    """Return, for each `how`, the t_0 that reaches the saving, with the authors' accuracy near it."""
-    rows = [["how", "t_0", "saving", "largest possible", "authors' top-1 near it"]]
-    for target in targets:
-        t_0 = "unreachable" if target.t_0 is None else f"{target.t_0:.4f}"
-        saving = "-" if target.saving is None else f"{target.saving:.2%}"
-        rows.append([target.how, t_0, saving, f"{target.reachable:.1%}", target.authors or "-"])
-    return f"To save {target_saving:.1%} of the compute:\n{format_table(rows)}"
+def format_targets(targets: Targets) -> str:
+    """Return every way to the target with the overrides that make it, and the one that is chosen."""
+    rows = [["way", "GPU-hours", "saving", "authors' top-1 near it", "overrides"]]
+    for way in targets.ways:
+        reached = "unreachable, this is the most" if way.overrides is None else _quote(way.overrides)
+        rows.append([way.way, f"{way.gpu_hours:.3g}", f"{way.saving:.2%}", way.authors or "-", reached])
+    return (
+        f"{targets.recipe} for {targets.budget_gpu_hours:.3g} GPU-hours; its length takes "
+        f"{targets.plain_gpu_hours:.3g} without freezing and curriculum ({targets.timing})\n\n{format_table(rows)}\n\n"
+        f"Chosen is `{targets.chosen.way}`: small images first, then freezing, then fewer epochs, each as far as the "
+        f"target needs it. Add to the command:\n    {_quote(targets.chosen.overrides or ())}"
+    )
+
+
+def _quote(overrides: Sequence[str]) -> str:
+    return " ".join(shlex.quote(override) for override in overrides) or "none: the recipe fits"
 
 
 def format_comparison(comparison: Comparison) -> str:
