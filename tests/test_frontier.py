@@ -334,6 +334,19 @@ def test_the_best_plain_rate_is_the_control() -> None:
     assert found["paper", 1e-3].differences["finetuned"].mean == pytest.approx(0.49 - 0.55, abs=1e-3)
 
 
+def test_freezing_is_credited_against_the_same_run_without_it() -> None:
+    small = [make_record("small", seed, accuracy) for seed, accuracy in enumerate((0.53, 0.54, 0.55))]
+    both = [make_record("small_global", seed, accuracy) for seed, accuracy in enumerate((0.52, 0.53, 0.5399))]
+    found = {finding.arm: finding for finding in find([*EXPLORED, *small, *both])}
+    assert found["small_global"].differences["finetuned"].mean == pytest.approx(0.02, abs=1e-4)
+    of_freezing = found["small_global"].of_freezing
+    assert of_freezing is not None
+    assert of_freezing.mean == pytest.approx(-0.01, abs=1e-4)
+    assert (of_freezing.pairs, of_freezing.verdict) == (3, "worse")
+    assert found["small"].of_freezing is found["paper"].of_freezing is None
+    assert "| -1.0 [-1.0, -1.0] |" in report.format_table(list(found.values()))
+
+
 def test_records_that_must_not_be_compared_are_parted() -> None:
     others = [make_record("paper", 0, 0.7, judged_on="test"), make_record("paper", 0, 0.7, labels=450)]
     groups = group_records([*EXPLORED, *others])
@@ -351,21 +364,30 @@ def make_confirmation(seeds: range, gain: float, *, arm: str = "t09") -> list[di
 def test_claims_need_five_fresh_seeds_and_are_corrected_together() -> None:
     fresh = make_confirmation(range(10, 15), 0.01)
     held, lost = confirm(
-        [*EXPLORED, *fresh, *make_confirmation(range(10, 15), 0.0, arm="paper")], [("t09", 1.0), ("paper", 1.0)]
+        [*EXPLORED, *fresh, *make_confirmation(range(10, 15), 0.0, arm="paper")],
+        [("t09", "plain", 1.0), ("paper", "plain", 1.0)],
     )
     assert held.holds
     assert held.adjusted_p == pytest.approx(2 * held.difference.p_value)
     assert not lost.holds
     with pytest.raises(InputError, match=r"has 4 pairs .* a claim needs 5"):
-        confirm(make_confirmation(range(10, 14), 0.01), [("t09", 1.0)])
+        confirm(make_confirmation(range(10, 14), 0.01), [("t09", "plain", 1.0)])
     with pytest.raises(InputError, match="seed 1 was used for exploring"):
-        confirm([*EXPLORED, *make_confirmation(range(1, 6), 0.01)], [("t09", 1.0)])
+        confirm([*EXPLORED, *make_confirmation(range(1, 6), 0.01)], [("t09", "plain", 1.0)])
     with pytest.raises(InputError, match="4 claims are made; allowed: 1 to 3"):
-        confirm(fresh, [("t09", budget) for budget in (0.25, 0.5, 0.75, 1.0)])
+        confirm(fresh, [("t09", "plain", budget) for budget in (0.25, 0.5, 0.75, 1.0)])
     with pytest.raises(InputError, match="t09 at budget 1 has 2 learning rates"):
-        confirm([*fresh, make_record("t09", 10, 0.5, blr=2e-3, judged_on="test", labels=450)], [("t09", 1.0)])
+        confirm([*fresh, make_record("t09", 10, 0.5, blr=2e-3, judged_on="test", labels=450)], [("t09", "plain", 1.0)])
     with pytest.raises(InputError, match="paper at budget 1 has 0 pairs"):
-        confirm(EXPLORED, [("paper", 1.0)])  # exploration confirms nothing
+        confirm(EXPLORED, [("paper", "plain", 1.0)])  # exploration confirms nothing
+    with pytest.raises(InputError, match="t09 cannot be claimed to beat 'small'; allowed: plain"):
+        confirm(fresh, [("t09", "small", 1.0)])
+    both, small = (
+        make_confirmation(range(10, 15), gain, arm=arm) for arm, gain in (("small_global", 0.02), ("small", 0.01))
+    )
+    (of_freezing,) = confirm([*both, *small], [report.read_claim("small_global>small@1")])
+    assert of_freezing.holds
+    assert of_freezing.difference.mean == pytest.approx(0.01, abs=1e-3)
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------
@@ -415,7 +437,7 @@ def test_summary_has_the_best_rate_of_every_arm_beside_its_control() -> None:
     [
         (["EMPTY"], "holds no cell"),
         (["RECORDS", "--claims", "paper"], "a claim needs 5"),
-        (["RECORDS", "--claims", "paper@half"], "must be an arm, or an arm and its budget"),
+        (["RECORDS", "--claims", "paper@half"], "must be an arm, what it beats, and its budget"),
         (["RECORDS", "--into", "PAGE"], "has no line '<!-- frontier: begin -->'"),
     ],
 )

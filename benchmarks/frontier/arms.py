@@ -22,6 +22,7 @@ class Kind:
         rates: rates of layers that freeze, where they are not the paper's.
         small_first: whether the run begins with small images: sizes and shares are those of the study's size.
         stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
+        unfrozen: kind that does all but the freezing, against which freezing is credited; of others it is plain.
     """
 
     recipe: str
@@ -30,6 +31,7 @@ class Kind:
     rates: str | None = None
     small_first: bool = False
     stopped: bool = False
+    unfrozen: str = "plain"
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -48,11 +50,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "small": Kind(recipe="off", tuned_as="plain", words="small images first, not frozen", small_first=True),
         "small_global": Kind(
             recipe="unscaled", tuned_as="plain", words="small images first, frozen as `global`", rates="global",
-            small_first=True,
+            small_first=True, unfrozen="small",
         ),
         "small_stable": Kind(
             recipe="unscaled", tuned_as="plain", words="small images first, frozen as `stable`", rates="stable",
-            small_first=True,
+            small_first=True, unfrozen="small",
         ),
     }
 )  # fmt: skip

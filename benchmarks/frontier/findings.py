@@ -32,6 +32,8 @@ class Finding:
         control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
         control_accuracy: what the control reaches by the primary metric, on the seeds that are shared.
         differences: by metric, the paired difference from the control, where seeds are shared with it.
+        of_freezing: of arms that do more than freeze, the paired difference by the primary metric from the run of equal
+            cost that does all but freeze.
     """
 
     arm: str
@@ -45,6 +47,7 @@ class Finding:
     control: str
     control_accuracy: Difference | None
     differences: Mapping[str, Difference]
+    of_freezing: Difference | None
 
     @property
     def is_plain(self) -> bool:
@@ -54,9 +57,14 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim that an arm beats the plain run of equal cost, put to the test with the others that are made."""
+    """A claim that an arm beats a run of equal cost, put to the test with the others that are made.
+
+    Attributes:
+        control: `plain`, or the kind that does all but the freezing.
+    """
 
     arm: str
+    control: str
     budget: float
     difference: Difference
     adjusted_p: float
@@ -90,55 +98,64 @@ def find(records: Sequence[Record]) -> list[Finding]:
     arms: dict[ArmKey, dict[int, Record]] = {}
     for record in records:
         arms.setdefault((record["arm"], record["budget"], record["blr"]), {})[record["seed"]] = record
-    found = [_find_arm(runs, _find_control(runs, arms)) for runs in arms.values()]
+    found = [_find_arm(runs, _find_control(runs, arms, "plain"), _find_unfrozen(runs, arms)) for runs in arms.values()]
     return sorted(found, key=lambda finding: (-round(finding.cost, 3), not finding.is_plain, finding.arm, finding.blr))
 
 
-def _find_control(runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]]) -> Mapping[int, Record]:
-    """Return the plain runs of the same cost, which may differ by one step, that share most seeds with `runs`.
+def _find_unfrozen(runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]]) -> Mapping[int, Record]:
+    """Return the runs of the same cost that do all that these do but freeze, if that is more than being plain."""
+    unfrozen = parse_arm(next(iter(runs.values()))["arm"]).kind.unfrozen
+    return {} if unfrozen == "plain" else _find_control(runs, arms, unfrozen)
 
-    Of plain runs with several learning rates, the best is the control, as it would be for a user.
+
+def _find_control(
+    runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]], kind_name: str
+) -> Mapping[int, Record]:
+    """Return the runs of a kind of the same cost, which may differ by one step, that share most seeds with `runs`.
+
+    Of runs with several learning rates, the best is the control, as it would be for a user.
     """
     one = next(iter(runs.values()))
-    if parse_arm(one["arm"]).kind_name == "plain":
+    if parse_arm(one["arm"]).kind_name == kind_name:
         return {}
 
     def fits(other: Record) -> bool:
         difference = abs(other["cost"]["pretraining"] - one["cost"]["pretraining"])
-        return parse_arm(other["arm"]).kind_name == "plain" and difference <= 1.001 / one["steps_of_plain"]
+        return parse_arm(other["arm"]).kind_name == kind_name and difference <= 1.001 / one["steps_of_plain"]
 
-    plain = [others for others in arms.values() if fits(next(iter(others.values())))]
+    controls = [others for others in arms.values() if fits(next(iter(others.values())))]
 
     def rank(others: Mapping[int, Record]) -> tuple[int, float]:
         mean = sum(other["accuracy"][PRIMARY] for other in others.values()) / len(others)
         return len(others.keys() & runs.keys()), mean
 
-    return max(plain, key=rank, default={})
+    return max(controls, key=rank, default={})
 
 
-def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record]) -> Finding:
+def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record], unfrozen: Mapping[int, Record]) -> Finding:
     seeds = tuple(sorted(runs))
     one, shared = runs[seeds[0]], sorted(runs.keys() & control.keys())
 
     def values(of: Mapping[int, Record], metric: str, chosen: Sequence[int]) -> list[float]:
         return [of[seed]["accuracy"][metric] for seed in chosen]
 
-    differences = {
-        metric: compare_pairs(values(runs, metric, shared), values(control, metric, shared))
-        for metric in METRICS
-        if shared
-    }
+    def compare(other: Mapping[int, Record], metric: str) -> Difference:
+        pairs = sorted(runs.keys() & other.keys())
+        return compare_pairs(values(runs, metric, pairs), values(other, metric, pairs))
+
     return Finding(
         arm=one["arm"], budget=one["budget"], blr=one["blr"], words=one["words"], seeds=seeds,
         cost=one["cost"]["pretraining"], cost_with_finetuning=one["cost"]["with_finetuning"],
         accuracies={metric: mean_interval(values(runs, metric, seeds)) for metric in METRICS},
         control=control[shared[0]]["arm"] if shared else "",
-        control_accuracy=mean_interval(values(control, PRIMARY, shared)) if shared else None, differences=differences,
+        control_accuracy=mean_interval(values(control, PRIMARY, shared)) if shared else None,
+        differences={metric: compare(control, metric) for metric in METRICS if shared},
+        of_freezing=compare(unfrozen, PRIMARY) if runs.keys() & unfrozen.keys() else None,
     )  # fmt: skip
 
 
-def confirm(records: Sequence[Record], claims: Sequence[tuple[str, float]]) -> list[Claim]:
-    """Put claims (arm, budget) to the test, on the test set, with all labels and at least five fresh seeds.
+def confirm(records: Sequence[Record], claims: Sequence[tuple[str, str, float]]) -> list[Claim]:
+    """Put claims (arm, control, budget) to the test, on the test set, with all labels and at least five fresh seeds.
 
     Raises:
         InputError: too many claims, or records that are exploration and cannot confirm anything.
@@ -151,18 +168,15 @@ def confirm(records: Sequence[Record], claims: Sequence[tuple[str, float]]) -> l
     explored = {(r["data"], r["seed"]) for r in records if not is_confirmation(r)}
     findings = find(judging) if judging else []
     differences = []
-    for claim in claims:
-        made = [finding for finding in findings if (finding.arm, finding.budget) == claim]
+    for arm, control, budget in claims:
+        made = [finding for finding in findings if (finding.arm, finding.budget) == (arm, budget)]
         if len(made) > 1:
-            raise InputError(
-                f"{claim[0]} at budget {claim[1]:g} has {len(made)} learning rates; a claim has one, chosen"
-            )
-        finding = made[0] if made else None
-        difference = finding.differences.get(PRIMARY) if finding else None
+            raise InputError(f"{arm} at budget {budget:g} has {len(made)} learning rates; a claim has one, chosen")
+        difference = _difference_from(control, made[0]) if made else None
         pairs = difference.pairs if difference else 0
         if difference is None or pairs < FRESH_SEEDS:
             raise InputError(
-                f"{claim[0]} at budget {claim[1]:g} has {pairs} pairs with a plain run of its cost, judged on the test "
+                f"{arm} at budget {budget:g} has {pairs} pairs with a {control} run of its cost, judged on the test "
                 f"set with all labels; a claim needs {FRESH_SEEDS}"
             )
         differences.append(difference)
@@ -171,9 +185,17 @@ def confirm(records: Sequence[Record], claims: Sequence[tuple[str, float]]) -> l
         raise InputError(f"seed {stale[0]} was used for exploring; a claim needs seeds that no choice has seen")
     adjusted = correct_for_many([difference.p_value for difference in differences])
     return [
-        Claim(arm=arm, budget=budget, difference=difference, adjusted_p=p_value)
-        for (arm, budget), difference, p_value in zip(claims, differences, adjusted, strict=True)
+        Claim(arm=arm, control=control, budget=budget, difference=difference, adjusted_p=p_value)
+        for (arm, control, budget), difference, p_value in zip(claims, differences, adjusted, strict=True)
     ]
+
+
+def _difference_from(control: str, finding: Finding) -> Difference | None:
+    """Return what a finding is worth against a control; raises InputError for one that it cannot stand against."""
+    allowed = dict.fromkeys(("plain", parse_arm(finding.arm).kind.unfrozen))
+    if control not in allowed:
+        raise InputError(f"{finding.arm} cannot be claimed to beat {control!r}; allowed: {', '.join(allowed)}")
+    return finding.differences.get(PRIMARY) if control == "plain" else finding.of_freezing
 
 
 def is_confirmation(record: Record) -> bool:

@@ -55,13 +55,15 @@ def format_table(findings: Sequence[Finding]) -> str:
         *NAMES.values(),
         "fine-tuned, minus plain of equal cost",
         "so",
+        "minus small images first, not frozen, of equal cost",
     ]
     rows = [head, ["---"] * len(head)]
     for finding in findings:
         difference = finding.differences.get(PRIMARY)
         costs = [f"{finding.blr:g}", f"{finding.cost:.3f}", f"{finding.cost_with_finetuning:.3f}"]
         reached = [format_mean(finding.accuracies[metric]) for metric in METRICS]
-        against = [format_difference(difference) if difference else "", describe_verdict(finding)]
+        freezing = format_difference(finding.of_freezing) if finding.of_freezing else ""
+        against = [format_difference(difference) if difference else "", describe_verdict(finding), freezing]
         rows.append([f"`{finding.arm}`: {finding.words}", *costs, str(len(finding.seeds)), *reached, *against])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -92,7 +94,7 @@ def format_claims(claims: Sequence[Claim]) -> str:
     """Return tested claims as a markdown table."""
     rows = [["claim", "pairs", "difference", "Holm's p", "so"], ["---"] * 5]
     for claim in claims:
-        words = f"`{claim.arm}` beats plain of equal cost, budget {claim.budget:g}"
+        words = f"`{claim.arm}` beats `{claim.control}` of equal cost, budget {claim.budget:g}"
         verdict = "confirmed" if claim.holds else "not confirmed"
         pairs = str(claim.difference.pairs)
         rows.append([words, pairs, format_difference(claim.difference), f"{claim.adjusted_p:.3f}", verdict])
@@ -204,7 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--claims", metavar="A,B", default="",
-        help=f"put at most 3 claims to the test, such as paper or paper@0.5; they need {FRESH_SEEDS} fresh seeds",
+        help=f"put at most 3 claims to the test, as in paper@0.5 or 'small_global>small'; each needs {FRESH_SEEDS} "
+        "fresh seeds",
     )  # fmt: skip
     return parser
 
@@ -240,13 +243,16 @@ def renew(text: str, blocks: dict[str, str], *, name: str) -> str:
     return text
 
 
-def read_claim(text: str) -> tuple[str, float]:
-    """Read a claim: an arm, or an arm @ its budget."""
-    arm, _, budget = text.partition("@")
+def read_claim(text: str) -> tuple[str, str, float]:
+    """Read a claim: an arm, then > and what it beats unless that is plain, then @ and its budget unless that is 1."""
+    claim, _, budget = text.partition("@")
+    arm, _, control = claim.partition(">")
     try:
-        return arm, float(budget or 1)
+        return arm, control or "plain", float(budget or 1)
     except ValueError:
-        raise InputError(f"the claim {text!r} must be an arm, or an arm and its budget as in paper@0.5") from None
+        raise InputError(
+            f"the claim {text!r} must be an arm, what it beats, and its budget, as in paper or 'small_global>small@0.5'"
+        ) from None
 
 
 if __name__ == "__main__":
