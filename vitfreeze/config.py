@@ -350,7 +350,9 @@ class CheckpointConfig:
     every: Duration = option(
         Duration(1, "epochs"), "how often to save", ABOVE_0, unit="steps, epochs, minutes, fraction", may_change=True
     )
-    keep: int = option(2, "newest checkpoints to keep", AT_LEAST_1, may_change=True)
+    keep: int = option(
+        2, "newest checkpoints to keep; with wsd also the newest before the cooldown", AT_LEAST_1, may_change=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
