@@ -142,3 +142,33 @@ def test_killed_around_every_border_it_ends_to_the_bit(tmp_path: Path) -> None:
         mine, theirs = (load_file(newest_checkpoint(bench.folder / run) / name) for run in ("killed", "whole"))
         assert [key for key, value in mine.items() if not value.equal(theirs[key])] == []
     assert [event["step"] for event in read_events(bench.folder / "whole", "stage")] == [5, 10]
+
+
+@pytest.mark.distributed
+def test_on_one_two_and_one_ranks_again_it_ends_to_the_bit(tmp_path: Path) -> None:
+    """Stages begin at steps 4, 8 and 12, where the runs are taken up again; layers freeze before and after."""
+    stages = {"img_size": [[0, 16], ["4 steps", 32]], "decoded_share": [[0, 0.5], ["8 steps", 1]]}
+    stages["mask_ratio"] = [[0, 0.6], ["12 steps", 0.5]]
+    bench = Bench(
+        tmp_path, curriculum=stages, checkpoint={"every": "4 steps", "keep": 100},
+        model={"size": "vit_tiny_test", "img_size": 32, "mask_ratio": 0.5},
+    )  # fmt: skip
+    chain = [("one", 1, ""), ("two", 2, "one/checkpoints/step-00000004"), ("last", 1, "two/checkpoints/step-00000012")]
+    for run, ranks, begin in chain:
+        begins = [f"resume.from={bench.folder / begin}"] if begin else []
+        assert bench.run(run, *begins, ranks=ranks) == [0] * ranks, bench.log(run)
+    for ranks, step in ((1, 6), (2, 10), (2, 14), (1, 0)):
+        kill = Kill(where="update", step=step) if step else None
+        job = bench.start("killed", ranks=ranks, kill=kill, kill_rank=ranks - 1)
+        job.processes[-1].join(120)
+        if kill:
+            job.kill()
+        assert job.processes[-1].exitcode == (KILLED if kill else 0), bench.log("killed")
+    resumed = [(event["step"], event["world_size"]) for event in read_events(bench.folder / "killed", "resume")]
+    assert resumed == [(4, 1), (8, 2), (12, 2)], "the step, and the ranks that had saved it"
+    killed, one, two, last = (read_losses(bench.folder / run) for run in ("killed", "one", "two", "last"))
+    assert killed == {step: (one if step <= 4 else two if step <= 12 else last)[step] for step in range(1, 17)}
+    frozen = [killed[step]["frozen_layers"] for step in (1, 4, 8, 12, 16)]
+    assert frozen[0] == 0 < frozen[2] < frozen[4]
+    for step in (8, 12, 16):
+        assert killed[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
