@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(commands)
     _add_plan(commands)
     _add_plot(commands)
+    _add_report(commands)
     _add_doctor(commands)
     _add_bench(commands)
     return parser
@@ -383,6 +384,19 @@ def _plot(parsed: argparse.Namespace) -> int:
                 f"plot RUN takes no settings, but {parsed.settings[0]!r} follows; or plot schedule RECIPE?"
             )
         print(plot_run(Path(parsed.what), Path(parsed.out or f"{parsed.what}/run.png")))
+    return 0
+
+
+def _add_report(commands: Commands) -> None:
+    parser = _add_command(commands, "report", _report, help="one HTML page about runs, several laid over each other")
+    parser.add_argument("sources", nargs="+", metavar="RUN", help="run folders, or folders of the study's cells")
+    parser.add_argument("-o", "--out", default="report.html", metavar="FILE", help="default: report.html here")
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from vitfreeze.html_report import write_report
+
+    print(write_report([Path(source) for source in parsed.sources], Path(parsed.out)))
     return 0
 
 

@@ -26,6 +26,7 @@ from vitfreeze.config import (
 )
 from vitfreeze.files import replace_durably
 from vitfreeze.ranks import Ranks
+from vitfreeze.rendezvous import software_versions
 from vitfreeze.report import Reporter
 from vitfreeze.training.state import read_resumed_from
 
@@ -58,7 +59,7 @@ class Start:
         """Say where the run begins, and which checkpoints were passed over, in the log and in the events."""
         checkpoint = self.checkpoint
         if checkpoint is None:
-            reporter.log_event("start", 0, message=self.reason)
+            reporter.log_event("start", 0, message=self.reason, versions=software_versions())
             return
         for path, reason in checkpoint.rejected:
             reporter.log_event("checkpoint_rejected", self.step, path=path, reason=reason)
