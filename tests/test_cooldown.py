@@ -38,6 +38,21 @@ def test_lengthened_without_freezing_it_is_the_longer_run_to_the_bit(bench: Benc
     assert read_losses(bench.folder / "grown") == read_losses(bench.folder / "long")
 
 
+def test_the_checkpoint_before_the_cooldown_stays_and_is_lengthened(bench: Bench) -> None:
+    plain = ("freeze.mode=off", "checkpoint.keep=1")
+    assert bench.run("ended", *plain) == [0], bench.log("ended")
+    there = sorted(path.name for path in (bench.folder / "ended" / "checkpoints").glob("step-*"))
+    assert there == ["step-00000012", "step-00000016"]
+    longer = [*plain, "run.length=20 steps"]
+    assert bench.run("ended", *longer) == [2]
+    assert "goes on in another run.dir: resume.from=CHECKPOINT" in bench.log("ended")
+    source = bench.folder / "ended" / "checkpoints" / "step-00000012"
+    assert bench.run("after", *longer, f"resume.from={source}") == [0], bench.log("after")
+    assert bench.run("at once", *longer) == [0]
+    after, whole = (read_losses(bench.folder / name) for name in ("after", "at once"))
+    assert after == {step: whole[step] for step in range(13, 21)}
+
+
 def test_lengthened_on_two_ranks_what_is_frozen_stays_frozen(bench: Bench) -> None:
     kill_at(bench, "frozen", 11)
     before = load_file(bench.folder / "frozen" / "checkpoints" / "step-00000009" / "weights.safetensors")

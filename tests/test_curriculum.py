@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from vitfreeze.config import Config, ConfigError, build_config, dump_config, load_config
 from vitfreeze.planner import format_plan, plan
+from vitfreeze.planner.input import core_seconds_per_crop
 from vitfreeze.schedule import build_schedule
 
 CURRICULUM = {
@@ -86,6 +88,37 @@ def test_the_plan_counts_every_stage_beside_the_plain_run() -> None:
     assert planned.stages[0].activation_bytes < planned.stages[1].activation_bytes < plain.stages[0].activation_bytes
 
 
+def test_the_plan_says_what_every_stage_asks_of_gpu_and_host() -> None:
+    sizes = "curriculum.img_size=[[0, 128], [0.5, 224]]"
+    planned = plan(load_config("off", [sizes, "batch.grow_micro_batch=true"]), teraflops=100, world_size=2)
+    small, large = planned.stages
+    assert (small.micro_batch, small.accumulation) == (512, 2)  # a third of the activations leaves room for twice
+    assert (large.micro_batch, large.accumulation) == (256, 4)
+    for stage in planned.stages:
+        assert stage.images_per_second == pytest.approx(100e12 / stage.flops_per_image)
+    assert small.input_cores is not None
+    assert large.input_cores is not None
+    assert 2.4 < small.input_cores / large.input_cores < 2.7, "three times the images, each hardly cheaper"
+    heading, *rows = format_plan(planned).split("\n\n")[1].splitlines()
+    assert "pixels" in heading
+    assert "masked" not in heading, "what never changes stands above the table"
+    assert "0.75 of the patches masked, 1 of those decoded" in format_plan(planned)
+    for row, stage in zip(rows, planned.stages, strict=True):
+        assert f" {stage.images.img_size} " in row
+        assert row.endswith(f"{stage.images_per_second:,.0f}{stage.input_cores:7.1f}")
+    assert asdict(planned)["stages"][0]["input_cores"] == small.input_cores
+
+
+def test_the_cores_of_the_plan_are_those_that_were_measured() -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "data_amd_epyc_cpu.txt"
+    line = next(line for line in results.read_text().splitlines() if line.startswith("whole pipeline"))
+    measured = float(line.split()[2].replace(",", ""))
+    full, small = (core_seconds_per_crop(img_size=size, crops_per_image=1) for size in (224, 128))
+    assert 1 / full == pytest.approx(measured, rel=0.01)
+    assert 1.14 < full / small < 1.19
+    assert core_seconds_per_crop(img_size=224, crops_per_image=2) < 0.75 * full, "one decoding for two crops"
+
+
 @pytest.mark.distributed
 def test_killed_around_every_border_it_ends_to_the_bit(tmp_path: Path) -> None:
     stages = {"img_size": [[0, 16], ["5 steps", 32]], "decoded_share": [[0, 0.5], ["10 steps", 1]]}
@@ -109,3 +142,33 @@ def test_killed_around_every_border_it_ends_to_the_bit(tmp_path: Path) -> None:
         mine, theirs = (load_file(newest_checkpoint(bench.folder / run) / name) for run in ("killed", "whole"))
         assert [key for key, value in mine.items() if not value.equal(theirs[key])] == []
     assert [event["step"] for event in read_events(bench.folder / "whole", "stage")] == [5, 10]
+
+
+@pytest.mark.distributed
+def test_on_one_two_and_one_ranks_again_it_ends_to_the_bit(tmp_path: Path) -> None:
+    """Stages begin at steps 4, 8 and 12, where the runs are taken up again; layers freeze before and after."""
+    stages = {"img_size": [[0, 16], ["4 steps", 32]], "decoded_share": [[0, 0.5], ["8 steps", 1]]}
+    stages["mask_ratio"] = [[0, 0.6], ["12 steps", 0.5]]
+    bench = Bench(
+        tmp_path, curriculum=stages, checkpoint={"every": "4 steps", "keep": 100},
+        model={"size": "vit_tiny_test", "img_size": 32, "mask_ratio": 0.5},
+    )  # fmt: skip
+    chain = [("one", 1, ""), ("two", 2, "one/checkpoints/step-00000004"), ("last", 1, "two/checkpoints/step-00000012")]
+    for run, ranks, begin in chain:
+        begins = [f"resume.from={bench.folder / begin}"] if begin else []
+        assert bench.run(run, *begins, ranks=ranks) == [0] * ranks, bench.log(run)
+    for ranks, step in ((1, 6), (2, 10), (2, 14), (1, 0)):
+        kill = Kill(where="update", step=step) if step else None
+        job = bench.start("killed", ranks=ranks, kill=kill, kill_rank=ranks - 1)
+        job.processes[-1].join(120)
+        if kill:
+            job.kill()
+        assert job.processes[-1].exitcode == (KILLED if kill else 0), bench.log("killed")
+    resumed = [(event["step"], event["world_size"]) for event in read_events(bench.folder / "killed", "resume")]
+    assert resumed == [(4, 1), (8, 2), (12, 2)], "the step, and the ranks that had saved it"
+    killed, one, two, last = (read_losses(bench.folder / run) for run in ("killed", "one", "two", "last"))
+    assert killed == {step: (one if step <= 4 else two if step <= 12 else last)[step] for step in range(1, 17)}
+    frozen = [killed[step]["frozen_layers"] for step in (1, 4, 8, 12, 16)]
+    assert frozen[0] == 0 < frozen[2] < frozen[4]
+    for step in (8, 12, 16):
+        assert killed[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from tiny_shards import open_loader, write_shards
 
-from vitfreeze.data import Batch, TrainLoader
+from vitfreeze.data import Batch, TrainLoader, loading
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.loading import bring_ahead
 
@@ -44,6 +46,31 @@ def shards(tmp_path: Path) -> Path:
 def make_loader(shards: Path, **settings: object) -> TrainLoader:
     defaults = {"img_size": 16, "num_patches": 4, "global_batch": 4, "micro_batch": 4, "workers": 2}
     return open_loader(shards, **(defaults | {"cache_dir": shards.parent / "cache"} | settings))
+
+
+@pytest.mark.distributed
+def test_nothing_is_begun_anew_where_the_images_change(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ring and the same workers serve all sizes, and what the next stage begins with is under way before it."""
+    sizes = [(8, 4)] * 6 + [(16, 2)] * 4 + [(16, 4)] * 4
+    rings, asked = list[dict[str, int]](), Counter[int]()
+
+    class CountedRing(loading.Ring):
+        def __init__(self, **options: Any) -> None:
+            rings.append(options)
+            super().__init__(**options)
+
+    def shape_at(step: int) -> tuple[int, int]:
+        asked[step] += 1  # once for the size of the ring, and again when its batch is ordered
+        return sizes[step]
+
+    monkeypatch.setattr(loading, "Ring", CountedRing)
+    seen, workers = [], set()
+    for batch in make_loader(shards, workers=1, prefetch=3).batches(0, len(sizes), shape_at=shape_at):
+        seen.append((batch.step, batch.images.shape[-1], len(batch.images)))
+        workers |= {child.pid for child in multiprocessing.active_children()}
+        assert asked[min(batch.step + 1, len(sizes) - 1)] == 2, "the next step's batches are ordered"
+    assert (len(rings), len(workers)) == (1, 1)
+    assert seen == [(step, *size) for step, size in enumerate(sizes) for _ in range(4 // size[1])]
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from vitfreeze.architecture import MODEL_SIZES
 from vitfreeze.config import Config, ConfigError, build_config, choose_task, load_config
 from vitfreeze.data import ShardError, normalize, open_split
+from vitfreeze.data.finetuning import FinetuneTransform
+from vitfreeze.data.order import SampleRandom
 from vitfreeze.engine.units import plan_groups
 from vitfreeze.export import ARCHITECTURE, timm_arguments
 from vitfreeze.model import Classifier, LocalMIM, averaged_weights, to_timm
@@ -184,6 +187,16 @@ def test_average_keeps_float32_beside_half_weights(images: Tensor) -> None:
     torch.testing.assert_close(moved, torch.full_like(moved, 0.001), rtol=1e-3, atol=0)
 
 
+def test_smaller_images_have_the_positions_of_the_same_places() -> None:
+    model = make_classifier().eval()
+    with torch.no_grad():
+        tokens = [model._pos_embed(torch.zeros(1, side // 8, side // 8, 48)) for side in (64, 32)]
+        large, small = (token[0, 1:].view(side, side, 48) for token, side in zip(tokens, (8, 4), strict=True))
+        means = large.view(4, 2, 4, 2, 48).mean(dim=(1, 3))  # of the four patches that cover the same place
+        assert torch.nn.functional.cosine_similarity(means, small, dim=-1).min() > 0.97
+        assert model(torch.zeros(2, 3, 32, 32)).logits.shape == (2, CLASSES)
+
+
 # The schedule --------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +266,40 @@ def test_resumed_run_ends_with_the_same_bits(run_dir: Path, demo_shards: Path, t
     assert last[0]["eval"] == last[1]["eval"]
 
 
+def test_small_images_first_resume_to_the_bit(demo_shards: Path, tmp_path: Path) -> None:
+    sizes = {"curriculum.img_size": [[0, 32], ["5 steps", 48], ["8 steps", 64]], "batch.grow_micro_batch": True}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert finetune(make_config(demo_shards, whole, **sizes)) == 0
+    events = read_lines(whole / "events.jsonl")
+    assert [line["step"] for line in events if line["event"] == "stage"] == [5, 8]
+    assert next(line["micro_batch"] for line in events if line["event"] == "micro_batch") == 8
+    for step in (5, 10):
+        (again / "checkpoints").mkdir(parents=True)
+        shutil.copy(whole / "config.yaml", again)
+        name = f"step-{step:08d}"
+        shutil.copytree(whole / "checkpoints" / name, again / "checkpoints" / name)
+        assert finetune(make_config(demo_shards, again, **sizes)) == 0
+        expected, found = (load_file(place / "model" / "model.safetensors") for place in (whole, again))
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+        shutil.rmtree(again)
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_its_size() -> None:
+    pixels = np.zeros((120, 160, 3), dtype=np.uint8)
+    pixels[:60] = (200, 100, 50)
+    pixels[:, :50] = (20, 220, 90)
+    transform = FinetuneTransform(img_size=64, auto_augment="")
+    for sample in range(8):
+        crops = []
+        for side in (64, 32):
+            random = SampleRandom(0)
+            random.seek(epoch=0, sample=sample, crop=0)
+            crops.append(torch.empty(3, side, side, dtype=torch.uint8))
+            transform.apply(pixels, random, crops[-1])
+        large, small = (crop.float() for crop in crops)
+        assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 4
+
+
 def finetune_here(values: dict[str, Any], folder: str) -> int:
     """What each rank does."""
     return finetune(make_config(Path(folder), Path(values["run.dir"]), **values))
@@ -290,6 +337,7 @@ def test_recipes_are_localmims() -> None:
     [
         ({"eval.every": "0 steps"}, r"eval\.every is '0 steps'; allowed: above 0"),
         ({"data.val": []}, r"data\.val is .*; allowed: labelled validation shards"),
+        ({"curriculum.mask_ratio": [[0, 0.5]]}, r"curriculum\.mask_ratio is .* `vitfreeze finetune` has no use for it"),
         ({"model.mask_ratio": 0.5}, r"model\.mask_ratio is 0\.5; .* `vitfreeze finetune` has no use for it"),
         ({"finetune.aa": "nonsense"}, r"finetune\.aa is 'nonsense'; allowed: a policy of timm"),
         ({"finetune.layer_decay": 1.5}, r"finetune\.layer_decay is 1\.5; allowed: a number in \(0, 1\]"),

@@ -16,7 +16,7 @@ from layers import head_of, layer_of
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
-from vitfreeze.config import Config, ConfigError, build_config, load_config
+from vitfreeze.config import Config, ConfigError, build_config, count_steps, load_config
 from vitfreeze.model import LocalMIM
 from vitfreeze.planner import (
     ModelCosts,
@@ -32,6 +32,7 @@ from vitfreeze.planner import (
     solve_targets,
 )
 from vitfreeze.planner.costs import Product, _block, _linear
+from vitfreeze.planner.targets import Target
 from vitfreeze.schedule import FreezeSchedule
 from vitfreeze.text import format_bytes
 
@@ -349,39 +350,102 @@ def test_a_file_that_is_no_bench_is_refused(tmp_path: Path, text: str) -> None:
         read_step_times(path)
 
 
+def ways_of(recipe: str = "paper", *overrides: str, **target: float) -> dict[str, Target]:
+    return {way.way: way for way in solve_targets(load_config(recipe, overrides), **target).ways}
+
+
+def t_0_of(way: Target) -> float:
+    return next(float(text.partition("=")[2]) for text in way.overrides or () if text.startswith("freeze.t_0"))
+
+
 @pytest.mark.parametrize("wanted", [0.05, 0.152, 0.2, 0.28])
 def test_targets_are_reached_and_not_by_more_than_needed(wanted: float) -> None:
-    targets = {target.how: target for target in solve_targets(configure(), target_saving=wanted)}
-    assert set(targets) == {"linear", "squared", "cubic"}
-    for how, target in targets.items():
-        assert target.t_0 is not None
-        assert plan(configure(freeze__how=how, freeze__t_0=target.t_0)).saving == pytest.approx(target.saving)
-        assert target.saving is not None
-        assert target.saving >= wanted
-        assert plan(configure(freeze__how=how, freeze__t_0=target.t_0 + 1e-4)).saving < wanted
-    cubic = targets["cubic"].t_0
-    assert cubic is not None
+    ways = ways_of(target_saving=wanted)
+    plain = plan(load_config("off"))
+    for way in ways.values():
+        assert way.overrides is not None
+        pasted = plan(load_config("paper", way.overrides))
+        assert pasted.gpu_hours == pytest.approx(way.gpu_hours)
+        assert way.saving == pytest.approx(1 - pasted.gpu_hours / plain.gpu_hours)
+        assert round(way.saving, 12) >= wanted, "80 of 100 plain epochs save a fifth, but for the last bit"
+    for how in ("linear", "squared", "cubic"):
+        t_0 = t_0_of(ways[f"freezing, {how}"])
+        assert plan(configure(freeze__how=how, freeze__t_0=t_0)).saving == pytest.approx(
+            ways[f"freezing, {how}"].saving
+        )
+        assert plan(configure(freeze__how=how, freeze__t_0=t_0 + 1e-4)).saving < wanted
     if wanted == 0.152:
-        assert cubic == pytest.approx(0.8, abs=2e-3)
+        assert t_0_of(ways["freezing, cubic"]) == pytest.approx(0.8, abs=2e-3)
+    assert ways["plain, other length"].gpu_hours == pytest.approx((1 - wanted) * plain.gpu_hours, rel=2e-3)
+
+
+def test_small_images_come_before_freezing_and_freezing_before_fewer_epochs() -> None:
+    plain = plan(load_config("off"))
+    chosen = {share: ways_of(target_saving=share)["together"] for share in (0.2, 0.4, 0.6)}
+    for share, way in chosen.items():
+        assert way.overrides is not None
+        config = load_config("paper", way.overrides)
+        assert config.curriculum.img_size
+        assert (config.freeze.mode, config.run.length.value < 100) == {
+            0.2: ("off", False), 0.4: ("schedule", False), 0.6: ("schedule", True),
+        }[share]  # fmt: skip
+        assert plan(config).gpu_hours <= (1 - share) * plain.gpu_hours
+    assert "run.length=76 epochs" in (chosen[0.6].overrides or ()), "0.4 of the plain cost at 0.526 of it an epoch"
+
+
+def test_hours_are_a_target_too_and_count_the_recipes_own_curriculum() -> None:
+    three = ways_of("half", target_gpu_hours=3)["other length"]
+    assert three.overrides is not None
+    pasted = load_config("half", three.overrides)
+    assert plan(pasted).gpu_hours == pytest.approx(three.gpu_hours)
+    assert 2.97 < three.gpu_hours <= 3
+    assert count_steps(pasted, steps_per_epoch=625).warmup_steps == pytest.approx(
+        count_steps(pasted, steps_per_epoch=625).total_steps / 10, abs=1
+    )  # the warm-up keeps its share
+    solved = solve_targets(load_config("half"), target_gpu_hours=30)
+    assert solved.plain_gpu_hours == pytest.approx(plan(load_config("off")).gpu_hours)
+    sized = ways_of("off", "curriculum.decoded_share=[[0, 0.5]]", target_saving=0.1)["freezing, cubic"]
+    without = ways_of("off", target_saving=0.1)["freezing, cubic"]
+    assert t_0_of(sized) > t_0_of(without), "the curriculum has saved a part of it already"
+
+
+def test_more_hours_than_it_takes_are_more_epochs() -> None:
+    plain = plan(load_config("off")).gpu_hours
+    assert ways_of(target_gpu_hours=2.5 * plain)["together"].overrides == (
+        "optim.warmup=0.1", "freeze.mode=off", "run.length=250 epochs",
+    )  # fmt: skip
 
 
 def test_targets_show_what_the_authors_measured_nearby() -> None:
-    text = format_targets(solve_targets(load_config("paper"), target_saving=0.2), target_saving=0.2)
+    text = format_targets(solve_targets(load_config("paper"), target_saving=0.2))
     assert "80.7 % at t_0 0.7; 81.5 % at t_0 0.75" in text
     assert "82.5 % at t_0 0.5" in text
+    assert "    freeze.mode=off 'curriculum.img_size=[[0, 128], [" in text, "ready to be pasted into a shell"
     small = solve_targets(configure(model__size="vit_small_patch16"), target_saving=0.2)
-    assert all(target.authors == "" for target in small)
+    assert all(way.authors == "" for way in small.ways)
 
 
-def test_a_saving_out_of_reach_is_refused_with_the_reachable_range() -> None:
-    with pytest.raises(ConfigError, match=r"60\.0% cannot be reached.*0 to 43\.\d%"):
-        solve_targets(configure(), target_saving=0.6)
+def test_a_way_that_does_not_lead_there_says_how_far_it_leads() -> None:
+    ways = ways_of(target_saving=0.6)
+    for how, most in (("linear", 0.286), ("squared", 0.387), ("cubic", 0.436)):
+        way = ways[f"freezing, {how}"]
+        assert way.overrides is None
+        assert way.saving == pytest.approx(most, abs=1e-3)
+    assert ways["small images first"].overrides is not None
+    with pytest.raises(ConfigError, match=r"100\.0% cannot be reached.*at least 0\.0\d+ of 45\.9 GPU-hours"):
+        solve_targets(configure(), target_saving=0.9999)
     for wanted in (0, 1, -0.1):
         with pytest.raises(ConfigError, match="strictly between 0 and 1"):
             solve_targets(configure(), target_saving=wanted)
-    some = {target.how: target.t_0 for target in solve_targets(configure(), target_saving=0.3)}
-    assert some["linear"] is None
-    assert some["cubic"] is not None
+    for hours in (0, -1, float("nan")):
+        with pytest.raises(ConfigError, match="a number above 0"):
+            solve_targets(configure(), target_gpu_hours=hours)
+
+
+def test_a_run_by_warm_up_stable_decay_freezes_by_its_rates() -> None:
+    way = ways_of("off", "optim.schedule=wsd", target_saving=0.2)["freezing, cubic"]
+    assert way.overrides is not None
+    assert {"freeze.mode=schedule", "freeze.rates=global"} <= set(way.overrides)
 
 
 @pytest.mark.parametrize(
@@ -495,13 +559,19 @@ def test_command_prints_a_plan_a_target_and_a_comparison() -> None:
     whole = run_cli("paper", "freeze.t_0=0.9", "--nodes", "2", "--gpus", "4", "--bandwidth", "25", "--json")
     assert json.loads(whole.stdout)["machine"]["world_size"] == 8
     assert "0.7218" in run_cli("paper", "--target-saving", "0.20").stdout
+    hours = json.loads(run_cli("paper", "--target-hours", "3", "--tflops", "100", "--json").stdout)
+    assert hours["chosen"]["gpu_hours"] <= 3
+    assert hours["timing"] == "counted operations at 100 TFLOP/s per GPU"
     side_by_side = run_cli("--compare", "paper", "off", "freeze.how=linear", "freeze.t_0=0.5").stdout
     assert "t_0 0.5 linear" in side_by_side
     assert "one cosine" in side_by_side
 
 
 def test_command_refuses_in_one_line() -> None:
-    refused = run_cli("paper", "--target-saving", "0.9")
+    refused = run_cli("paper", "--target-saving", "0.9999")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "0 to 43.6%" in refused.stderr
+    assert "cannot be reached" in refused.stderr
+    both = run_cli("paper", "--target-saving", "0.2", "--target-hours", "3")
+    assert both.returncode == 2
+    assert "exclude each other" in both.stderr

@@ -51,6 +51,27 @@ def test_counted_operations_are_those_of_the_model(name: str) -> None:
         assert costs.backward_flops(frozen_layers) == pytest.approx(backward, rel=0.01), frozen_layers
 
 
+def test_smaller_images_are_counted_with_the_positions_of_all() -> None:
+    _, model = build({})
+    small = ClassifierCosts(size=SMALL, img_size=96, num_positions=100, num_classes=37)
+    wrapped: Any = WithTargets(model)
+    wrapped.img_size = 96
+    forward, backward = count_flops(wrapped, frozen_layers=3, batch=2)
+    assert small.forward_flops(3) == pytest.approx(forward, rel=0.01)
+    assert small.backward_flops(3) == pytest.approx(backward, rel=0.01)
+    assert small.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_small_images_first_are_planned() -> None:
+    sizes = "curriculum.img_size=[[0, 128], [0.5, 224]]"
+    planned = plan(load_config("finetune_b_100ep", [sizes, "batch.grow_micro_batch=true"]))
+    small, large = planned.stages
+    assert small.trainable_parameters == large.trainable_parameters
+    assert small.relative_cost == pytest.approx((65 / 197), rel=0.05)
+    assert (small.micro_batch, large.micro_batch) == (256, 128)
+    assert planned.saving == pytest.approx((1 - small.relative_cost) / 2)
+
+
 @pytest.mark.parametrize("name", ["mean of the patches", "class token"])
 def test_activation_bytes_are_those_that_autograd_keeps(name: str) -> None:
     costs, model = build(CASES[name])

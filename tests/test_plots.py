@@ -74,6 +74,7 @@ def words_of(path: Path) -> str:
         ("paper", ["freeze.heads_lr=layer", "optim.warmup=0"], ["as the layer of their tap"]),
         ("paper", ["freeze.cls_token=false", "freeze.patch_embed=false"], ["learning rate", "epoch"]),
         ("paper", ["freeze.mode=adaptive"], ["freezing adaptive"]),
+        ("half", [], ["image side", "128", "160", "224", "saves 47.4% of the computing", "a layer freezes"]),
         ("finetune_b_100ep", ["freeze.mode=schedule"], ["classifier", "a layer freezes"]),
     ],
 )
@@ -82,6 +83,7 @@ def test_schedule_is_drawn_with_its_labels(tmp_path: Path, recipe: str, override
     drawn = words_of(path)
     for word in [*words, "learning rate", "layer (0: patch embedding)", "cost of a step"]:
         assert word in drawn
+    assert ("image side" in drawn) == (recipe == "half"), "sizes are drawn where they change"
 
 
 def test_schedule_as_png_has_every_layer_in_its_own_colour(tmp_path: Path) -> None:

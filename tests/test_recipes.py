@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,24 @@ RECIPES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml") if not path.
 # Ranks, and the sustained TFLOP/s a rank at which the header counts its hours.
 HARDWARE = {"1x8_v100": (8, 23.2), "4x8_v100": (32, 23.2), "1x8_a100": (8, 100.0)}
 HARDWARE_RECIPES = [name for name in RECIPES if name.startswith("vit_")]
+COUNTED_RECIPES = ["half", "short"]
 # Narrow, but as deep and with the same taps, heads and settings.
 NARROW = (
     *("model.embed_dim=16", "model.num_heads=2", "model.decoder_embed_dim=16", "model.decoder_num_heads=2"),
-    *("model.img_size=64", "batch.global_size=4", "batch.micro_size=2", "data.workers=0"),
+    *("batch.global_size=4", "batch.micro_size=2", "data.workers=0"),
 )
 
 
 def hardware_of(recipe: str) -> tuple[int, float]:
     return next(figures for name, figures in HARDWARE.items() if recipe.endswith(name))
+
+
+def narrow_sizes_of(recipe: str) -> list[str]:
+    """The image sizes of a recipe, its curriculum's too, for images of 64 pixels: even grids of its patches."""
+    config = load_config(recipe)
+    least, full = 2 * config.model.resolve().patch_size, config.model.img_size
+    stages = [[str(begin), least * round(64 * size / full / least)] for begin, size in config.curriculum.img_size]
+    return ["model.img_size=64", f"curriculum.img_size={json.dumps(stages)}"]
 
 
 def header_of(recipe: str) -> str:
@@ -71,6 +81,29 @@ def test_the_header_says_what_the_plan_says(recipe: str) -> None:
     assert float(hours.group(1)) == pytest.approx(predicted.gpu_hours / ranks, rel=0.03)
     assert "top-1" in header
     assert predicted.peak_memory_bytes < 0.8 * 32 * 2**30, "it leaves room on a V100-32G"
+
+
+@pytest.mark.parametrize("recipe", COUNTED_RECIPES)
+def test_the_header_of_a_counted_recipe_says_what_the_plan_says(recipe: str) -> None:
+    header, predicted = header_of(recipe), plan(load_config(recipe), teraflops=100.0)
+    plain = plan(load_config("off"), teraflops=100.0)
+    said = re.search(r"Cost by the plan: ([\d.]+) of the plain run's \(`off`\), ([\d.]+) A100-hours", header)
+    epochs = re.search(r"The same hours buy ([\d.]+) epochs of plain LocalMIM", header)
+    assert said is not None
+    assert epochs is not None
+    assert float(said.group(1)) == pytest.approx(predicted.gpu_hours / plain.gpu_hours, abs=0.005)
+    assert float(said.group(2)) == pytest.approx(predicted.gpu_hours, abs=0.05)
+    assert float(epochs.group(1)) == pytest.approx(predicted.plain_epochs, abs=0.05)
+    assert "goal" in header
+    assert "counted, not measured" in header
+    assert not predicted.authors, "nobody has run it"
+
+
+def test_half_costs_half_and_short_takes_three_hours() -> None:
+    half, short = (plan(load_config(name), teraflops=100.0) for name in COUNTED_RECIPES)
+    assert half.saving == pytest.approx(0.5, abs=0.03)
+    assert half.total_steps / half.steps_per_epoch == 100
+    assert short.gpu_hours <= 3
 
 
 @pytest.mark.parametrize("recipe", HARDWARE_RECIPES)
@@ -119,24 +152,31 @@ class Trained:
 
 
 def take_two_steps(recipe: str, folder: Path) -> Trained:
-    """Train everything of the recipe but its width on one process."""
+    """Train everything of the recipe but its width on one process: in its first stage, and in its last if any."""
     shards = write_shards(folder / "shards", [8])
-    config = load_config(recipe, [*NARROW, f"data.train={shards}"])
+    config = load_config(recipe, [*NARROW, *narrow_sizes_of(recipe), f"data.train={shards}"])
     ranks = join_ranks()
     loader = build_train_loader(config, rank=ranks.rank, world_size=ranks.world_size)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
     engine = build_engine(config, ranks, frozen_layers=0)
     before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
-    batches, losses = loader.batches(0, schedule.total_steps), []
-    for step in range(2):
-        engine.set_learning_rates(schedule.at(step + 1).learning_rates)
-        for _ in range(engine.accumulation):
-            batch = next(batches)
-            output = engine(normalize(batch.images), noise=batch.noise)
+    losses = []
+    for step in (1, max(2, schedule.curriculum.stages[-1].first_step)):
+        now = schedule.at(step)
+        assert now.frozen_layers == 0
+        engine.set_learning_rates(now.learning_rates)
+        shape = now.images.img_size, engine.micro_batch
+        for batch in loader.batches(step, step + 1, shape_at=lambda _, shape=shape: shape):
+            assert batch.images.shape[-1] == now.images.img_size
+            output = engine(
+                normalize(batch.images), noise=batch.noise, mask_ratio=now.images.mask_ratio,
+                decoded_share=now.images.decoded_share,
+            )  # fmt: skip
             assert output.loss.dtype == torch.float32
             engine.backward(output.loss)
             engine.step()
             losses.append(float(output.loss.detach()))
+    assert len(losses) == 2 * engine.accumulation
     after = dict(engine.module.named_parameters())
     trained = Trained(
         losses=losses, dtype=next(engine.module.parameters()).dtype, accumulation=engine.accumulation,

@@ -305,7 +305,9 @@ def _add_plan(commands: Commands) -> None:
     parser = _add_command(commands, "plan", _plan, help="predict, without a GPU or data, what freezing saves")
     _add_recipe(parser, nargs="?")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two recipes side by side instead")
-    parser.add_argument("--target-saving", type=float, metavar="SHARE", help="find the t_0 that saves this, as 0.20")
+    searched = "search t_0, image sizes and epochs for a run that"
+    parser.add_argument("--target-saving", type=float, metavar="SHARE", help=f"{searched} saves this, as 0.20")
+    parser.add_argument("--target-hours", type=float, metavar="H", help=f"{searched} takes at most so many GPU-hours")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs in each")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="between nodes, to predict communication")
@@ -321,21 +323,23 @@ def _plan(parsed: argparse.Namespace) -> int:
 
     if not parsed.compare and not parsed.recipe:
         raise ValueError("give a recipe to plan, or two after --compare")
-    if parsed.compare and parsed.target_saving is not None:
-        raise ValueError("--compare and --target-saving exclude each other: a target is found for one recipe")
+    targets = _given(target_saving=parsed.target_saving, target_gpu_hours=parsed.target_hours)
+    if len(targets) + bool(parsed.compare) > 1:
+        raise ValueError(
+            "--compare, --target-saving and --target-hours exclude each other: give one target, one recipe"
+        )
     times = planner.read_step_times(Path(parsed.bench)) if parsed.bench else None
     # After --compare A B, what stands in the place of the recipe is the first override.
     overrides = [parsed.recipe, *parsed.overrides] if parsed.compare and parsed.recipe else parsed.overrides
     configs = [load_config(recipe, overrides) for recipe in parsed.compare or [parsed.recipe]]
     counts = _given(images_per_epoch=parsed.images or _count_images(configs[0]))
-    if parsed.target_saving is not None:
-        targets = planner.solve_targets(configs[0], target_saving=parsed.target_saving, times=times, **counts)
-        as_text = planner.format_targets(targets, target_saving=parsed.target_saving)
-        return _print_result(targets, as_text, as_json=parsed.json)
+    counts |= _given(teraflops=parsed.tflops)
+    if targets:
+        solved = planner.solve_targets(configs[0], times=times, **targets, **counts)
+        return _print_result(solved, planner.format_targets(solved), as_json=parsed.json)
     plans = [
         planner.plan(
-            config, world_size=parsed.nodes * parsed.gpus, times=times, bandwidth_gigabytes=parsed.bandwidth,
-            **_given(teraflops=parsed.tflops), **counts,
+            config, world_size=parsed.nodes * parsed.gpus, times=times, bandwidth_gigabytes=parsed.bandwidth, **counts
         )
         for config in configs
     ]  # fmt: skip

@@ -350,7 +350,9 @@ class CheckpointConfig:
     every: Duration = option(
         Duration(1, "epochs"), "how often to save", ABOVE_0, unit="steps, epochs, minutes, fraction", may_change=True
     )
-    keep: int = option(2, "newest checkpoints to keep", AT_LEAST_1, may_change=True)
+    keep: int = option(
+        2, "newest checkpoints to keep; with wsd also the newest before the cooldown", AT_LEAST_1, may_change=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -751,6 +753,24 @@ def differing_settings(config: Config, other: Config, *, free: Collection[str] =
         if mine != theirs and key not in free and not option_field.metadata["may_change"]:
             lines.append(f"{key}: {_plain(theirs)!r} there, {_plain(mine)!r} now")
     return lines
+
+
+def overrides_between(config: Config, other: Config) -> list[str]:
+    """Return the overrides `section.key=value` that make `other` of `config`."""
+    return [
+        f"{key}={_format_value(_plain(theirs))}"
+        for (key, mine, _), (_, theirs, _) in zip(settings(config), settings(other), strict=True)
+        if mine != theirs
+    ]
+
+
+def _format_value(value: Any) -> str:
+    """Return a plain value as an override spells it."""
+    if isinstance(value, list):
+        return f"[{', '.join(_format_value(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Any, str]]:

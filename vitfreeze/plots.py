@@ -32,18 +32,23 @@ POINTS_PER_CURVE = 600
 
 
 def plot_schedule(config: Config, path: Path, *, steps_per_epoch: int | None = None) -> Path:
-    """Draw the learning rate of every layer over the run, and the cost of a step as layers freeze; return `path`.
+    """Draw, over one time, every layer's learning rate, the image sizes, and the cost of a step; return `path`.
 
-    As figures 2 and 3 of ViTFreeze, with the warm-up. `steps_per_epoch` is ImageNet-1K's if not given.
+    As figures 2 and 3 of ViTFreeze, with the warm-up; sizes only where a curriculum changes them. `steps_per_epoch` is
+    ImageNet-1K's if not given.
 
     Raises:
         ConfigError: a suffix other than .png and .svg, or settings that cannot be planned.
     """
     prediction = plan(config, steps_per_epoch=steps_per_epoch)
     schedule = build_schedule(config, steps_per_epoch=prediction.steps_per_epoch)
-    figure, axes = _new_figure(rows=2, columns=1, size=(9, 7), heights=(3, 1))
-    (rates,), (cost,) = axes
+    resizes = len(config.curriculum.img_size) > 1
+    heights, size = ((3, 0.6, 1), (9, 8)) if resizes else ((3, 1), (9, 7))
+    figure, axes = _new_figure(rows=len(heights), columns=1, size=size, heights=heights)
+    (rates,), *sizes, (cost,) = axes
     _draw_rates(rates, schedule, steps_per_epoch=prediction.steps_per_epoch)
+    for (axis,) in sizes:
+        _draw_sizes(axis, prediction)
     _draw_cost(cost, prediction)
     rates.set_title(f"{prediction.recipe}: {prediction.model}, freezing {prediction.freezing}", loc="left")
     return _save(figure, path)
@@ -125,13 +130,27 @@ def _spread(start: int, end: int) -> list[int]:
     return sorted({round(start + (end - start) * i / POINTS_PER_CURVE) for i in range(POINTS_PER_CURVE + 1)})
 
 
+def _stage_borders(prediction: Plan) -> list[float]:
+    """The epochs between which the stages of a plan lie."""
+    return [*(stage.epoch for stage in prediction.stages), prediction.total_steps / prediction.steps_per_epoch]
+
+
+def _draw_sizes(axis: Axes, prediction: Plan) -> None:
+    """The side of the images, each size with its number where it begins."""
+    epochs, sizes = _stage_borders(prediction), [stage.images.img_size for stage in prediction.stages]
+    axis.stairs(sizes, epochs, color=INK, linewidth=1.6, baseline=None)
+    for epoch, size, before in zip(epochs, sizes, [None, *sizes], strict=False):
+        if size != before:
+            axis.annotate(f"{size}", (epoch, size), xytext=(3, -3), textcoords="offset points", va="top", color=INK)
+    axis.set(xlim=(0, epochs[-1]), ylim=(0, 1.15 * max(sizes)), ylabel="image side\n(pixels)")
+
+
 def _draw_cost(axis: Axes, prediction: Plan) -> None:
-    epochs = [stage.epoch for stage in prediction.stages]
-    epochs.append(prediction.total_steps / prediction.steps_per_epoch)
+    epochs = _stage_borders(prediction)
     costs = [stage.relative_cost for stage in prediction.stages]
     axis.stairs(costs, epochs, color=ACCENT, linewidth=1.6, baseline=None)
     axis.stairs(costs, epochs, baseline=1, fill=True, color=ACCENT, alpha=0.15)
-    axis.set(xlim=(0, epochs[-1]), ylim=(0, 1.08), xlabel="epoch", ylabel="cost of a step\n(start = 1)")
+    axis.set(xlim=(0, epochs[-1]), ylim=(0, 1.08), xlabel="epoch", ylabel="cost of a step\n(plain = 1)")
     saved = f"saves {prediction.saving:.1%} of the computing" if prediction.saving else "nothing freezes by schedule"
     axis.text(0.01, 0.08, saved, transform=axis.transAxes, color=INK)
 

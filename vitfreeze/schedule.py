@@ -419,6 +419,11 @@ class RunSchedule:
         """Optimizer steps of the run."""
         return self.shared.total_steps
 
+    @property
+    def cooldown_start(self) -> int | None:
+        """The last step from which the run can still be lengthened; None if its rates depend on its length."""
+        return self.shared.cooldown_start if isinstance(self.shared, WsdSchedule) else None
+
     @cached_property
     def num_layers(self) -> int:
         """Number of layers that can freeze."""

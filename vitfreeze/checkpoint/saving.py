@@ -114,12 +114,13 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder, which all ranks see.
         keep: number of newest checkpoints that stay.
+        keep_until: the newest one of at most so many steps stays beside them; None: no such one.
         ranks: of the run.
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int, ranks: Ranks) -> None:
+    def __init__(self, run_dir: str | Path, *, keep: int, ranks: Ranks, keep_until: int | None = None) -> None:
         self.parent = Path(run_dir) / folder.FOLDER_NAME
-        self.keep = keep
+        self.keep, self.keep_until = keep, keep_until
         # The writing threads meet on a group of their own, so that they never mix with the training's collectives.
         self._ranks = ranks.on_cpu(timeout=PATIENCE)
         self._thread: threading.Thread | None = None
@@ -252,15 +253,22 @@ class CheckpointWriter:
         return path.name, sum(facts["bytes"] for facts in files.values())
 
     def _delete_old(self) -> None:
-        """Remove all but the newest checkpoints. One that is half removed never has the name of a whole one."""
+        """Remove all but those to keep. One that is half removed never has the name of a whole one."""
         for path in (
-            *folder.list_checkpoints(self.parent)[self.keep :],
+            *self._list_old(),
             *self.parent.glob(f"{folder.DAMAGED_PREFIX}*"),
         ):
             try:
                 shutil.rmtree(path.rename(self.parent / f"{folder.DELETING_PREFIX}{path.name}"))
             except OSError as error:
                 logger.warning("an old checkpoint cannot be removed: %s", error)
+
+    def _list_old(self) -> list[Path]:
+        """Return the checkpoints that may go: neither among the newest nor the newest of at most `keep_until` steps."""
+        there, until = folder.list_checkpoints(self.parent), self.keep_until
+        early = (path for path in there if until is not None and folder.read_manifest(path)["step"] <= until)
+        kept = {*there[: self.keep], next(early, None)}
+        return [path for path in there if path not in kept]
 
 
 def save_engine(

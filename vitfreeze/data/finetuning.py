@@ -86,7 +86,7 @@ class FinetuneTransform:
     """Random crop, mirror and RandAugment of one image, by timm; for `TrainLoader(transform=...)`.
 
     Args:
-        img_size: side of the result in pixels.
+        img_size: side of the result in pixels; a stage of a curriculum may ask for another.
         scale: least and greatest share of the image's area.
         ratio: least and greatest width / height.
         hflip: probability of mirroring.
@@ -108,18 +108,23 @@ class FinetuneTransform:
         colours: Colours = IMAGENET,
     ) -> None:
         self.img_size = img_size
-        self._transforms: list[Callable[[Image.Image], Image.Image]] = [
-            RandomResizedCropAndInterpolation(img_size, scale=scale, ratio=ratio, interpolation="bicubic"),
-            RandomHorizontalFlip(hflip),
-        ]
-        if auto_augment:
-            self._transforms.append(_make_policy(auto_augment, img_size, colours))
+        self._settings = scale, ratio, hflip, auto_augment, colours
+        self._transforms = {img_size: self._make_transforms(img_size)}
+
+    def _make_transforms(self, img_size: int) -> list[Callable[[Image.Image], Image.Image]]:
+        scale, ratio, hflip, auto_augment, colours = self._settings
+        crop = RandomResizedCropAndInterpolation(img_size, scale=scale, ratio=ratio, interpolation="bicubic")
+        policy = [_make_policy(auto_augment, img_size, colours)] if auto_augment else []
+        return [crop, RandomHorizontalFlip(hflip), *policy]
 
     def apply(self, pixels: np.ndarray, random: SampleRandom, out: Tensor) -> None:
-        """Write the augmented image into `out`, (3, H, W) uint8."""
+        """Write the augmented image into `out`, (3, S, S) uint8; what is drawn does not depend on S."""
+        side = out.shape[-1]
+        if side not in self._transforms:
+            self._transforms[side] = self._make_transforms(side)
         image = Image.fromarray(pixels)
         with _seeded([random.integer()]):
-            for transform in self._transforms:
+            for transform in self._transforms[side]:
                 image = transform(image)
         out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 

@@ -38,6 +38,7 @@ class RunGuard:
         saves: when to save.
         total_steps: of the run.
         save_state: begins to write the run's state with a writer, when so many steps have been taken.
+        keep_until: as for `CheckpointWriter`.
     """
 
     def __init__(
@@ -50,11 +51,14 @@ class RunGuard:
         saves: SaveSchedule,
         total_steps: int,
         save_state: Callable[[CheckpointWriter, int], None],
+        keep_until: int | None = None,
     ) -> None:
         self.config, self.engine, self.reporter = config, engine, reporter
         self.saves, self.total_steps = saves, total_steps
         self._save_state = save_state
-        self.writer = CheckpointWriter(directory, keep=config.checkpoint.keep, ranks=engine.ranks)
+        self.writer = CheckpointWriter(
+            directory, keep=config.checkpoint.keep, keep_until=keep_until, ranks=engine.ranks
+        )  # fmt: skip
         self.signals = StopSignals()
         self.losses = LossGuard(
             directory,

@@ -43,7 +43,8 @@ class Classifier(VisionTransformer):
 
     Args:
         size: dimensions of the encoder.
-        img_size: side of the square images in pixels.
+        img_size: side of the square images in pixels. Others, of whole patches, are taken too: the positions are then
+            resampled to the same places of the image, as timm does, and learn through that.
         num_classes: classes.
         global_pool: avg: the mean of the patches, then a fresh norm `fc_norm`; token: `norm`, then the class token.
         drop_path: probability of skipping a branch in the last block; it rises linearly from 0 in the first.
@@ -73,6 +74,7 @@ class Classifier(VisionTransformer):
             global_pool=global_pool,
             drop_path_rate=drop_path,
             norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+            dynamic_img_size=True,
         )
         self.depth = size.depth
         self.units = classifier_units(size.depth)
@@ -89,7 +91,7 @@ class Classifier(VisionTransformer):
         """Classify images.
 
         Args:
-            images: (B, 3, img_size, img_size), normalised.
+            images: (B, 3, S, S), normalised; S is img_size or another whole number of patches.
             targets: (B, num_classes) probabilities, or (B,) class indices; without them the loss is 0.
             frozen_layers: length of the frozen prefix, 0 to depth; it runs without a graph.
 

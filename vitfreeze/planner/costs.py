@@ -398,14 +398,17 @@ class ClassifierCosts(EncoderCosts):
     """The costs of fine-tuning: no patch is hidden, the positions train, and behind the encoder is one linear layer."""
 
     num_classes: int
+    num_positions: int | None = None  # of patches; None: as many as there are patches, as without a curriculum
     global_pool: str = "avg"
     keeps_average: bool = False  # of the weights, in float32
 
     @classmethod
-    def from_config(cls, config: Config) -> ClassifierCosts:
-        """Build the costs of the model of a run."""
+    def from_config(cls, config: Config, images: ImageStage | None = None) -> ClassifierCosts:
+        """Build the costs of the model of a run, in a stage of its curriculum or, by default, without one."""
+        size, images = config.model.resolve(), images or plain_stage(config)
         return cls(
-            size=config.model.resolve(), img_size=config.model.img_size, num_classes=config.finetune.num_classes,
+            size=size, img_size=images.img_size, num_classes=config.finetune.num_classes,
+            num_positions=(config.model.img_size // size.patch_size) ** 2,
             global_pool=config.finetune.global_pool, keeps_average=config.finetune.model_ema_decay > 0,
             activation_checkpointing=config.model.activation_checkpointing,
         )  # fmt: skip
@@ -433,11 +436,10 @@ class ClassifierCosts(EncoderCosts):
     def unit_parameters(self) -> dict[str, UnitParameters]:
         """Number of parameters of every freeze unit; class token and positions are not decayed (MAE)."""
         size, width = self.size, self.size.embed_dim
+        positions = 1 + (self.num_patches if self.num_positions is None else self.num_positions)
         return self.block_parameters() | {
             "classifier": UnitParameters(decay=self.num_classes * width, no_decay=self.num_classes + 2 * width),
-            "layer_00": UnitParameters(
-                decay=3 * size.patch_size**2 * width, no_decay=(2 + self.num_patches + 1) * width
-            ),
+            "layer_00": UnitParameters(decay=3 * size.patch_size**2 * width, no_decay=(2 + positions) * width),
         }
 
     def weight_bytes(self, precision: str) -> int:
@@ -448,5 +450,5 @@ class ClassifierCosts(EncoderCosts):
 def costs_of(config: Config, images: ImageStage | None = None) -> EncoderCosts:
     """Return the costs of the model that a run trains, LocalMIM or a classifier, in a stage of its curriculum."""
     if config.run.task == "finetune":
-        return ClassifierCosts.from_config(config)
+        return ClassifierCosts.from_config(config, images)
     return ModelCosts.from_config(config, images)

@@ -9,12 +9,14 @@ from typing import Any
 
 from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_accumulation, find_ds_config
 from vitfreeze.curriculum import ImageStage, plain_stage
+from vitfreeze.planner.authors import describe_authors
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
+from vitfreeze.planner.input import core_seconds_per_crop
 from vitfreeze.planner.measured import StepTimes, relative_cost
-from vitfreeze.planner.targets import IMAGENET_TRAIN_IMAGES, count_steps_per_epoch, describe_authors
 from vitfreeze.schedule import RunSchedule, build_schedule
 
+IMAGENET_TRAIN_IMAGES = 1_281_167
 # The authors' 48 hours on one V100 for 100 epochs of LocalMIM ViT-B, at 31.2 GFLOP an image in their code.
 AUTHORS_TERAFLOPS = 23.2
 DEFAULT_DS_CONFIG = "zero2_bf16"  # what a run takes on a GPU with bfloat16 when run.ds_config is empty
@@ -44,7 +46,11 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stretch of the run between two freezes. Bytes are those of the rank that holds most."""
+    """A stretch of the run between two freezes or changes of the images. Bytes are those of the rank that holds most.
+
+    `images_per_second` are those that one GPU trains, without communication; `input_cores` the cores of its host that
+    make as many, None for fine-tuning, whose augmentation nobody has timed.
+    """
 
     first_step: int
     end_step: int
@@ -58,11 +64,15 @@ class Stage:
     optimizer_state_bytes: int
     gradient_bytes_per_step: int
     communication_bytes_per_step: float
+    micro_batch: int
+    accumulation: int
     activation_bytes: float
     memory_bytes: float
     flops_per_image: float
     relative_cost: float
     step_ms: float
+    images_per_second: float
+    input_cores: float | None
     communication_ms: float | None
 
     @property
@@ -116,6 +126,64 @@ class Plan:
         if self.mode != "schedule":
             return self.mode
         return f"t_0 {self.t_0:g}, {self.how}, {self.rates} rates"
+
+
+def count_steps_per_epoch(config: Config, *, images_per_epoch: int) -> int:
+    """Return the whole optimizer steps of one epoch; raises ConfigError if there is not one."""
+    crops = images_per_epoch * config.data.crops_per_image
+    if crops < config.batch.global_size:
+        raise config.error("batch.global_size", f"at most one epoch, which has {crops} crops")
+    return crops // config.batch.global_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Steps that all cost the same: as many layers are frozen, and images are treated alike."""
+
+    first_step: int
+    end_step: int
+    frozen_before: int
+    frozen_layers: int
+    images: ImageStage
+
+
+def cut_run(schedule: RunSchedule) -> tuple[Stretch, ...]:
+    """Return the stretches of a run, in order."""
+    frozen_from = {0: 0, **dict(schedule.prefix_changes())}
+    borders = {stage.first_step for stage in schedule.curriculum.stages}
+    firsts = sorted(step for step in {*frozen_from, *borders} if step < schedule.total_steps)
+    stretches: list[Stretch] = []
+    for first, end in zip(firsts, [*firsts[1:], schedule.total_steps], strict=True):
+        before = stretches[-1].frozen_layers if stretches else 0
+        stretches.append(
+            Stretch(
+                first_step=first, end_step=end, frozen_before=before, frozen_layers=frozen_from.get(first, before),
+                images=schedule.curriculum.at(first),
+            )
+        )  # fmt: skip
+    return tuple(stretches)
+
+
+def step_time(
+    config: Config, images: ImageStage, *, frozen_layers: int, times: StepTimes | None, teraflops: float
+) -> tuple[float, float]:
+    """Return the cost of an optimizer step relative to a plain one, and its milliseconds on a single GPU.
+
+    Measured steps are those of plain images: a stage of the curriculum takes its counted share of them.
+    """
+    plain, flops = costs_of(config), costs_of(config, images).step_flops(frozen_layers)
+    cost = relative_cost(frozen_layers, costs=plain, times=times) * (flops / plain.step_flops(frozen_layers))
+    if times is None:
+        return cost, 1e3 * flops * config.batch.global_size / (teraflops * 1e12)
+    return cost, cost * times.ms_per_image * config.batch.global_size
+
+
+def describe_timing(times: StepTimes | None, teraflops: float) -> str:
+    """Say what the hours of a plan rest on."""
+    if times is not None:
+        return f"measured steps of {times.source}"
+    origin = ", what the authors' V100 sustained" if teraflops == AUTHORS_TERAFLOPS else ""
+    return f"counted operations at {teraflops:g} TFLOP/s per GPU{origin}"
 
 
 def read_machine(config: Config, *, world_size: int) -> Machine:
@@ -196,7 +264,7 @@ class _Planner:
     bandwidth_gigabytes: float | None
 
     def build(self, *, images_per_epoch: int, steps_per_epoch: int) -> Plan:
-        stages = self.stages(steps_per_epoch)
+        stages = tuple(self.stage(stretch, steps_per_epoch=steps_per_epoch) for stretch in cut_run(self.schedule))
         total = self.schedule.total_steps
         rank_hours = sum(stage.steps * stage.step_ms for stage in stages) / 3.6e6 * self.machine.world_size
         plain = self.costs.step_flops(0)
@@ -209,7 +277,7 @@ class _Planner:
             rates=self.config.rates, machine=self.machine, images_per_epoch=images_per_epoch,
             steps_per_epoch=steps_per_epoch, total_steps=total, warmup_steps=self.schedule.shared.warmup_steps,
             global_batch=self.config.batch.global_size, micro_batch=micro, accumulation=accumulation, stages=stages,
-            timing=self.timing(), gpu_hours=rank_hours,
+            timing=describe_timing(self.times, self.teraflops), gpu_hours=rank_hours,
             gpu_hours_saved=plain_ms * total / 3.6e6 * self.machine.world_size - rank_hours,
             saving=_saved_share(stages, lambda stage: stage.relative_cost, plain=1.0),
             flops_saving=_saved_share(stages, lambda stage: stage.flops_per_image, plain=plain),
@@ -221,19 +289,8 @@ class _Planner:
             authors=describe_authors(self.config) if images_per_epoch == IMAGENET_TRAIN_IMAGES else "",
         )  # fmt: skip
 
-    def stages(self, steps_per_epoch: int) -> tuple[Stage, ...]:
-        frozen_from = {0: 0, **dict(self.schedule.prefix_changes())}
-        borders = {stage.first_step for stage in self.schedule.curriculum.stages}
-        firsts = sorted(step for step in {*frozen_from, *borders} if step < self.schedule.total_steps)
-        stages: list[Stage] = []
-        for first, end in zip(firsts, [*firsts[1:], self.schedule.total_steps], strict=True):
-            before = stages[-1].frozen_layers if stages else 0
-            frozen = frozen_from.get(first, before)
-            stages.append(self.stage(first, end, before=before, frozen=frozen, steps_per_epoch=steps_per_epoch))
-        return tuple(stages)
-
-    def stage(self, first: int, end: int, *, before: int, frozen: int, steps_per_epoch: int) -> Stage:
-        machine, images = self.machine, self.schedule.curriculum.at(first)
+    def stage(self, stretch: Stretch, *, steps_per_epoch: int) -> Stage:
+        machine, images, frozen, first = self.machine, stretch.images, stretch.frozen_layers, stretch.first_step
         costs = costs_of(self.config, images)
         micro, accumulation = fit_micro_batch(
             self.config, world_size=machine.world_size, frozen_layers=frozen, precision=machine.precision, images=images
@@ -249,14 +306,16 @@ class _Planner:
         kept = trained * machine.gradient_bytes_per_parameter // (parts if machine.zero_stage == 2 else 1)
         weights = costs.weight_bytes(machine.precision)
         cost, step_ms = self.step_time(images, frozen)
+        speed = 1e3 * self.config.batch.global_size / machine.world_size / step_ms
         return Stage(
-            first_step=first, end_step=end, epoch=first / steps_per_epoch,
+            first_step=first, end_step=stretch.end_step, epoch=first / steps_per_epoch,
             share_of_run=first / self.schedule.total_steps, frozen_layers=frozen, images=images,
-            layers_frozen_now=tuple(range(before, frozen)), heads_left=costs.heads_left(frozen),
+            layers_frozen_now=tuple(range(stretch.frozen_before, frozen)), heads_left=costs.heads_left(frozen),
             trainable_parameters=trained, optimizer_state_bytes=state, gradient_bytes_per_step=gradients,
-            communication_bytes_per_step=sent, activation_bytes=activations,
+            communication_bytes_per_step=sent, micro_batch=micro, accumulation=accumulation,
+            activation_bytes=activations,
             memory_bytes=weights + kept + state + activations, flops_per_image=costs.step_flops(frozen),
-            relative_cost=cost, step_ms=step_ms,
+            relative_cost=cost, step_ms=step_ms, images_per_second=speed, input_cores=self.input_cores(speed, images),
             communication_ms=None if self.bandwidth_gigabytes is None else sent / self.bandwidth_gigabytes / 1e6,
         )  # fmt: skip
 
@@ -266,23 +325,19 @@ class _Planner:
         gathered = trained * BYTES_OF_PRECISION[self.machine.precision] if self.machine.zero_stage else 0
         return (2 * gradients + gathered) * (world_size - 1) / world_size
 
-    def step_time(self, images_stage: ImageStage, frozen: int) -> tuple[float, float]:
-        """Return the cost of an optimizer step relative to a plain one, and its milliseconds.
+    def step_time(self, images: ImageStage, frozen: int) -> tuple[float, float]:
+        """Return the cost of an optimizer step relative to a plain one, and its milliseconds."""
+        cost, milliseconds = step_time(
+            self.config, images, frozen_layers=frozen, times=self.times, teraflops=self.teraflops
+        )  # fmt: skip
+        return cost, milliseconds / self.machine.world_size
 
-        Measured steps are those of plain images: a stage of the curriculum takes its counted share of them.
-        """
-        flops = costs_of(self.config, images_stage).step_flops(frozen)
-        cost = relative_cost(frozen, costs=self.costs, times=self.times) * (flops / self.costs.step_flops(frozen))
-        images = self.config.batch.global_size / self.machine.world_size
-        if self.times is None:
-            return cost, 1e3 * flops * images / (self.teraflops * 1e12)
-        return cost, cost * self.times.ms_per_image * images
-
-    def timing(self) -> str:
-        if self.times is not None:
-            return f"measured steps of {self.times.source}"
-        origin = ", what the authors' V100 sustained" if self.teraflops == AUTHORS_TERAFLOPS else ""
-        return f"counted operations at {self.teraflops:g} TFLOP/s per GPU{origin}"
+    def input_cores(self, images_per_second: float, images: ImageStage) -> float | None:
+        """Cores that make the images of one GPU, as far as their cost was measured."""
+        if self.config.run.task == "finetune":
+            return None
+        crops = self.config.data.crops_per_image
+        return images_per_second * core_seconds_per_crop(img_size=images.img_size, crops_per_image=crops)
 
     def notes(self) -> tuple[str, ...]:
         notes = []
@@ -304,7 +359,7 @@ class _Planner:
                 "norms, the optimizer, data; measure them with `vitfreeze bench step --json`"
             )
         elif self.times is None:
-            notes.append("not counted: norms, the optimizer, data, validation")
+            notes.append("not counted: norms, the optimizer, augmentation and the cores it needs, validation")
         return tuple(notes)
 
 

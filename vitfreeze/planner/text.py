@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 
 from vitfreeze.planner.comparison import Comparison
 from vitfreeze.planner.prediction import Plan, Stage
-from vitfreeze.planner.targets import Target
+from vitfreeze.planner.targets import Targets
 from vitfreeze.text import format_bytes, format_table
 
 
@@ -19,9 +20,10 @@ def format_plan(plan: Plan) -> str:
 def _format_settings(plan: Plan) -> str:
     machine = plan.machine
     ranks = f"{machine.world_size} GPU" + ("s" if machine.world_size > 1 else "")
+    images = _describe_images(plan)
     return "\n".join(
         [
-            f"{plan.recipe}: {plan.model}, freezing: {plan.freezing}",
+            f"{plan.recipe}: {plan.model}, freezing: {plan.freezing}" + (f"; images: {images}" if images else ""),
             f"{plan.total_steps:,} steps ({plan.warmup_steps:,} of warm-up) of {plan.global_batch} images, "
             f"{plan.steps_per_epoch:,} an epoch of {plan.images_per_epoch:,}; {ranks}, "
             f"micro-batch {plan.micro_batch} x {plan.accumulation}",
@@ -38,31 +40,42 @@ def _explain_state(plan: Plan) -> str:
     return "an fp32 master weight and two fp32 moments" + (f", {where}" if plan.machine.world_size > 1 else "")
 
 
+# How images are treated: attribute of a stage, heading of its column, and the words for one that never changes.
+_TREATMENTS = (
+    ("img_size", "pixels", "{:g} pixels"),
+    ("mask_ratio", "masked", "{:.4g} of the patches masked"),
+    ("decoded_share", "decoded", "{:.4g} of those decoded"),
+)
+
+
+def _changes(plan: Plan, name: str) -> bool:
+    return len({getattr(stage.images, name) for stage in plan.stages}) > 1
+
+
+def _describe_images(plan: Plan) -> str:
+    known = [(name, words) for name, _, words in _TREATMENTS if plan.stages[0].heads_left or name == "img_size"]
+    return ", ".join(
+        words.format(getattr(plan.stages[0].images, name)) for name, words in known if not _changes(plan, name)
+    )
+
+
 def _format_stages(plan: Plan) -> str:
+    """Return a line per stage; what never changes of the images stands above the table."""
+    changing = [(name, heading) for name, heading, _ in _TREATMENTS if _changes(plan, name)]
     heading = [
-        "step",
-        "epoch",
-        "of run",
-        "pixels",
-        "masked",
-        "decoded",
-        "freezes",
-        "heads left",
-        "trainable",
-        "optimizer",
-        "gradients",
-        "activations",
-    ]
-    rows = [heading + ["memory", "step ms", "step cost"] + (["comm. ms"] if plan.bandwidth_gigabytes else [])]
+        "step", "epoch", "of run", *(heading for _, heading in changing), "freezes", "heads left", "trainable",
+        "optimizer", "gradients", "micro-batch", "activations", "memory", "step ms", "step cost", "images/s", "cores",
+    ]  # fmt: skip
+    rows = [heading + (["comm. ms"] if plan.bandwidth_gigabytes else [])]
     for stage in plan.stages:
         row = [
-            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}", str(stage.images.img_size),
-            f"{stage.images.mask_ratio:g}",
-            f"{stage.images.decoded_share:g}", _name_layers(stage),
+            f"{stage.first_step:,}", f"{stage.epoch:.2f}", f"{stage.share_of_run:.1%}",
+            *(f"{getattr(stage.images, name):g}" for name, _ in changing), _name_layers(stage),
             " ".join(str(head) for head in stage.heads_left), f"{stage.trainable_parameters / 1e6:.2f} M",
             format_bytes(stage.optimizer_state_bytes), format_bytes(stage.gradient_bytes_per_step),
-            format_bytes(stage.activation_bytes), format_bytes(stage.memory_bytes),
+            str(stage.micro_batch), format_bytes(stage.activation_bytes), format_bytes(stage.memory_bytes),
             f"{stage.step_ms:,.0f}" if stage.step_ms >= 100 else f"{stage.step_ms:.3g}", f"{stage.relative_cost:.3f}",
+            f"{stage.images_per_second:,.0f}", "-" if stage.input_cores is None else f"{stage.input_cores:.1f}",
         ]  # fmt: skip
         if stage.communication_ms is not None:
             row.append(f"{stage.communication_ms:.1f}")
@@ -92,6 +105,12 @@ def _format_whole(plan: Plan) -> str:
         f"Peak memory: {format_bytes(plan.peak_memory_bytes)} a rank, {format_bytes(last.memory_bytes)} in the last "
         "stage (weights, gradients, optimizer, activations; without temporary buffers)"
     )
+    cores = [stage.input_cores for stage in plan.stages if stage.input_cores is not None]
+    if cores:
+        lines.append(
+            f"Input: {min(cores):.1f} to {max(cores):.1f} CPU cores a GPU (an EPYC's, from JPEGs of 288 pixels; "
+            "`vitfreeze bench data` measures yours)"
+        )
     lines.append(_format_communication(plan))
     if plan.authors:
         lines.append(f"Authors' top-1 (ViT-B, 100 epochs, fine-tuned): {plan.authors}")
@@ -154,14 +173,22 @@ def format_plans_side_by_side(plan: Plan, other: Plan) -> str:
     return format_table(rows)
 
 
-def format_targets(targets: Sequence[Target], *, target_saving: float) -> str:
-    """Return, for each `how`, the t_0 that reaches the saving, with the authors' accuracy near it."""
-    rows = [["how", "t_0", "saving", "largest possible", "authors' top-1 near it"]]
-    for target in targets:
-        t_0 = "unreachable" if target.t_0 is None else f"{target.t_0:.4f}"
-        saving = "-" if target.saving is None else f"{target.saving:.2%}"
-        rows.append([target.how, t_0, saving, f"{target.reachable:.1%}", target.authors or "-"])
-    return f"To save {target_saving:.1%} of the compute:\n{format_table(rows)}"
+def format_targets(targets: Targets) -> str:
+    """Return every way to the target with the overrides that make it, and the one that is chosen."""
+    rows = [["way", "GPU-hours", "saving", "authors' top-1 near it", "overrides"]]
+    for way in targets.ways:
+        reached = "unreachable, this is the most" if way.overrides is None else _quote(way.overrides)
+        rows.append([way.way, f"{way.gpu_hours:.3g}", f"{way.saving:.2%}", way.authors or "-", reached])
+    return (
+        f"{targets.recipe} for {targets.budget_gpu_hours:.3g} GPU-hours; its length takes "
+        f"{targets.plain_gpu_hours:.3g} without freezing and curriculum ({targets.timing})\n\n{format_table(rows)}\n\n"
+        f"Chosen is `{targets.chosen.way}`: small images first, then freezing, then fewer epochs, each as far as the "
+        f"target needs it. Add to the command:\n    {_quote(targets.chosen.overrides or ())}"
+    )
+
+
+def _quote(overrides: Sequence[str]) -> str:
+    return " ".join(shlex.quote(override) for override in overrides) or "none: the recipe fits"
 
 
 def format_comparison(comparison: Comparison) -> str:

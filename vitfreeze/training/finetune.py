@@ -41,7 +41,15 @@ logger = logging.getLogger("vitfreeze")
 
 # Settings of pre-training that fine-tuning has no use for.
 _OTHERS = (
-    *("loss.", "curriculum.", "model.hog_", "model.mask_ratio", "model.decoder_", "data.crops_per_image"),
+    *(
+        "loss.",
+        "curriculum.mask_ratio",
+        "curriculum.decoded_share",
+        "model.hog_",
+        "model.mask_ratio",
+        "model.decoder_",
+        "data.crops_per_image",
+    ),
     *("freeze.heads_lr", "freeze.cls_token", "freeze.patch_embed"),
     *("eval.samples", "eval.k", "eval.max_share", "run.show_every"),
 )

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from vitfreeze.checkpoint import SaveSchedule
-from vitfreeze.curriculum import ImageStage
+from vitfreeze.curriculum import KEYS, ImageStage
 from vitfreeze.data import Batch, TrainLoader
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
@@ -93,7 +93,7 @@ def train(run: Run, *, start_step: int) -> bool:
     )  # fmt: skip
     guard = RunGuard(
         run.directory, config=config, engine=engine, reporter=run.reporter, saves=saves, total_steps=total_steps,
-        save_state=run.state.save,
+        save_state=run.state.save, keep_until=schedule.cooldown_start,
     )  # fmt: skip
     with guard:
         batches: Iterator[Batch] | None = None
@@ -151,10 +151,9 @@ def begin_stage(run: Run, now: ScheduledStep) -> bool:
     images = now.images
     if now.step == 0 or now.step != images.first_step:
         return False
-    message = (
-        f"step {now.step}: images of {images.img_size} pixels, mask ratio {images.mask_ratio:g}, decoded share "
-        f"{images.decoded_share:g} from here on"
-    )
+    before = asdict(run.schedule.curriculum.at(now.step - 1))
+    changes = [f"{key} {value:g}" for key, value in asdict(images).items() if key in KEYS and value != before[key]]
+    message = f"step {now.step}: {', '.join(changes) or 'nothing new'} from here on"
     run.reporter.log_event("stage", now.step, message=message, **asdict(images))
     run.meter.restart()
     return True

@@ -221,6 +221,7 @@ def _refuse_other_settings(
             free.update(lengths)
         hint = (
             f"; run.length may grow until the run cools down from step {theirs.cooldown_start} on, and {step} are taken"
+            "; the checkpoint from before, which is kept, goes on in another run.dir: resume.from=CHECKPOINT"
         )
     lines = differing_settings(config, there, free=free)
     if lines:
