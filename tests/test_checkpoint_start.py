@@ -17,9 +17,10 @@ from vitfreeze.config import Config, ConfigError, FreezeConfig, ResumeConfig, Ru
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import LocalMIM
 from vitfreeze.ranks import Ranks
-from vitfreeze.training.start import RunFolder, Start, choose_start
+from vitfreeze.training.start import RunFolder, Start, TrainingData, choose_start
 from vitfreeze.training.state import read_adaptive_checks
 
+DATA = TrainingData(names=(), lengths=(), steps_per_epoch=625)
 ALONE = Ranks.alone(torch.device("cpu"))
 
 
@@ -35,7 +36,7 @@ def engine() -> Iterator[FreezingEngine]:
 
 def start(config: Config, directory: Path, *, fresh: bool = False) -> Start:
     with RunFolder(directory, ranks=ALONE):
-        return choose_start(config, directory, fresh=fresh, ranks=ALONE, steps_per_epoch=625)
+        return choose_start(config, directory, fresh=fresh, ranks=ALONE, data=DATA)
 
 
 def save(engine: FreezingEngine, directory: Path, step: int, *, config: Config | None = None, **extra: str) -> Path:
@@ -124,11 +125,11 @@ def test_resume_from_another_run_counts_once(engine: FreezingEngine, tmp_path: P
     config = replace(Config(), resume=ResumeConfig(from_=str(wanted)))
     begun = start(config, mine)
     assert begun.checkpoint is not None
-    assert (begun.checkpoint.path, begun.resumed_from) == (wanted, str(wanted))
-    save(engine, mine, 6, config=config, resumed_from=begun.resumed_from)
+    assert (begun.checkpoint.path, begun.memory.resumed_from) == (wanted, str(wanted))
+    save(engine, mine, 6, config=config, resumed_from=begun.memory.resumed_from)
     again = start(config, mine)  # the same command, after a requeue
     assert again.step == 6
-    assert again.resumed_from == str(wanted)
+    assert again.memory.resumed_from == str(wanted)
 
 
 def test_resume_from_goes_back_in_the_same_run(engine: FreezingEngine, tmp_path: Path) -> None:

@@ -360,6 +360,11 @@ class ResumeConfig:
     from_: str = option(
         "", "checkpoint to start from instead of the newest in the run folder", may_change=True, is_path=True
     )
+    other_data: str = option(
+        "refuse", "training shards that are not those of the checkpoint; keep_steps: go on with them, while length, "
+        "rates, freezing and all else that was given in epochs stay at the steps that they had",
+        choices=("refuse", "keep_steps"), may_change=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
