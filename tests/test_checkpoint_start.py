@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -169,3 +170,20 @@ def test_adaptive_checks_come_from_the_checkpoint_not_from_the_log(engine: Freez
     later = {**check, "step": 6, "frozen_layers": 2}
     (tmp_path / "events.jsonl").write_text(json.dumps(check) + "\n" + json.dumps(later) + "\n")
     assert read_adaptive_checks(start(Config(), tmp_path).checkpoint) == (check,)
+
+
+def test_lost_checkpoints_are_no_reason_to_cut_the_logs(engine: FreezingEngine, tmp_path: Path) -> None:
+    start(Config(), tmp_path)
+    save(engine, tmp_path, 4)
+    logs = {"metrics.jsonl": '{"step": 4}\n', "events.jsonl": '{"event": "save", "step": 4}\n'}
+    for name, text in logs.items():
+        (tmp_path / name).write_text(text)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"logs of a run that saved step 4, and no checkpoint any more"):
+        start(Config(), tmp_path)
+    (tmp_path / "events.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"logs of a run that took steps"):
+        start(Config(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == logs["metrics.jsonl"]
+    (tmp_path / "events.jsonl").write_text('{"event": "start", "step": 0}\n')  # it never saved
+    assert start(Config(), tmp_path).step == 0

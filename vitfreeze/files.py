@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,29 +75,55 @@ def trim_json_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> No
     """Rewrite a .jsonl file with only the objects that `keep` accepts, in one atomic step."""
     if not path.is_file():
         return
-    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if keep(line)]
+    kept = [format_json(line) + "\n" for line in read_json_lines(path) if keep(line)]
     with replacing(path) as temporary:
         temporary.write_text("".join(kept))
 
 
-class LineFile:
-    """A .jsonl file that is appended to. Lines that a full disk refuses wait and are written when there is room."""
+def format_json(value: Any) -> str:
+    """Return strict JSON (RFC 8259), in which a number that is not finite is null."""
+    return json.dumps(_replace_infinite(value), allow_nan=False)
+
+
+def _replace_infinite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _replace_infinite(item) for name, item in value.items()}
+    return [_replace_infinite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class RecordFile:
+    """A file that whole records are appended to. Those that a full disk refuses wait until there is room.
+
+    The system has every record as soon as `append` returns, so that a killed process loses none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Append an object, after those that wait; never raises OSError."""
+    def append(self, record: bytes) -> None:
+        """Append a record, after those that wait; never raises OSError, and warns once until it has succeeded."""
         was_refused = bool(self._waiting)
-        self._waiting.append(json.dumps(line) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        self._waiting.append(record)
+        size = None
         try:
-            with self.path.open("a") as file:
-                file.writelines(self._waiting)
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write(b"".join(self._waiting))
             self._waiting.clear()
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, size)  # no half line, on which the next one would be glued
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # no half record, on which the next one would be glued
             if not was_refused:
-                logger.warning("%s cannot be written (%s); its lines wait for room", self.path, error.strerror)
+                logger.warning("%s cannot be written (%s); what it lacks waits for room", self.path, error.strerror)
+
+
+class LineFile(RecordFile):
+    """A .jsonl file that is appended to, of strict JSON."""
+
+    def append_line(self, line: Mapping[str, Any]) -> None:
+        """Append an object."""
+        self.append(f"{format_json(line)}\n".encode())

@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 _BLOCK = 512
-_INDEX_VERSION = 2
+_CHUNK = 1 << 20
+_LONGEST_PADDING = 1 << 20  # bytes of zeros at the end; tar pads to its record, of 10 KiB by default
+_INDEX_VERSION = 3
 _INDEX_ARRAYS = ("offsets", "sizes", "labels")
 _LONGEST_LABEL = 32  # bytes; a class index needs fewer
 
@@ -47,7 +49,8 @@ class ShardIndex:
         sizes: (n,) int64, bytes of each image.
         labels: (n,) int64 class index; -1 where the shard names none.
         defects: why a sample cannot be used, by its place in the shard.
-        complete: whether the archive ends as tar archives do, with a block of zeros.
+        flaw: how the archive ends otherwise than tar archives do, with zeros and nothing behind them; empty if it ends
+            well.
     """
 
     keys: Sequence[str]
@@ -55,7 +58,7 @@ class ShardIndex:
     sizes: np.ndarray
     labels: np.ndarray
     defects: Mapping[int, str]
-    complete: bool
+    flaw: str
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -102,8 +105,26 @@ def index_shard(file: BinaryIO, *, name: str) -> ShardIndex:
                 drafts[-1].labels.append(os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset_data))
     except tarfile.TarError:
         pass  # cut in the middle: tarfile says so for some cuts and is silent for others, so the end is looked at
-    end = os.pread(file.fileno(), _BLOCK, archive.offset)
-    return _build_index(drafts, file_size=size, complete=len(end) == _BLOCK and not any(end))
+    return _build_index(drafts, file_size=size, flaw=_find_flaw(file, archive.offset))
+
+
+def _find_flaw(file: BinaryIO, end: int) -> str:
+    """Say what is wrong with what stands where the headers end: zeros up to the end of the file are right."""
+    start = end
+    while chunk := os.pread(file.fileno(), _CHUNK, end):
+        if chunk.strip(b"\0"):
+            return (
+                "goes on behind tar's mark of an end: its middle was overwritten with zeros, or two archives were put "
+                "together"
+                if end > start or not any(chunk[:_BLOCK])
+                else "breaks off without tar's mark of an end"
+            )
+        end += len(chunk)
+    if end - start < _BLOCK:
+        return "breaks off without tar's mark of an end"
+    if end - start > _LONGEST_PADDING:
+        return f"ends in {end - start:,} bytes of zeros, which no tar program writes: its last part was never filled"
+    return ""
 
 
 def split_member_name(name: str) -> tuple[str, str]:
@@ -113,7 +134,7 @@ def split_member_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def _build_index(drafts: Sequence[_Draft], *, file_size: int, complete: bool) -> ShardIndex:
+def _build_index(drafts: Sequence[_Draft], *, file_size: int, flaw: str) -> ShardIndex:
     offsets, sizes = np.full(len(drafts), -1, np.int64), np.zeros(len(drafts), np.int64)
     labels, defects = np.full(len(drafts), -1, np.int64), {}
     seen: set[str] = set()
@@ -127,7 +148,7 @@ def _build_index(drafts: Sequence[_Draft], *, file_size: int, complete: bool) ->
         if draft.labels:
             labels[place] = int(draft.labels[0])
     keys = [draft.key for draft in drafts]
-    return ShardIndex(keys=keys, offsets=offsets, sizes=sizes, labels=labels, defects=defects, complete=complete)
+    return ShardIndex(keys=keys, offsets=offsets, sizes=sizes, labels=labels, defects=defects, flaw=flaw)
 
 
 def _find_defect(draft: _Draft, seen: set[str], file_size: int) -> str:
@@ -362,16 +383,16 @@ class ShardReader:
         """Return the number of samples of a shard, from its headers where nothing states it.
 
         Raises:
-            ShardError: nothing states it, and the shard's end is missing, so nobody can say what was lost.
+            ShardError: nothing states it, and the shard does not end as it should, so nobody can say what was lost.
         """
         stated = self.shards.lengths[shard]
         if stated is not None:
             return stated
         index = self._enter(shard)[1]
-        if not index.complete:
+        if index.flaw:
             raise ShardError(
-                f"shard {cut_query(self.shards.names[shard])} breaks off after {len(index)} samples without tar's "
-                "mark of an end, and no _info.json says how many it should hold; fetch it again"
+                f"shard {cut_query(self.shards.names[shard])} holds {len(index)} samples and then {index.flaw}; no "
+                "_info.json says how many it should hold, so fetch it again"
             )
         return len(index)
 
@@ -496,7 +517,7 @@ class ShardReader:
 
 def _write_index(index: ShardIndex, path: Path) -> None:
     """Store an index; a folder that cannot be written costs time at the next start and nothing else."""
-    text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "complete": index.complete})
+    text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "flaw": index.flaw})
     arrays = {name: getattr(index, name) for name in _INDEX_ARRAYS}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -515,7 +536,7 @@ def _read_index(path: Path) -> ShardIndex | None:
                 **{name: arrays[name] for name in _INDEX_ARRAYS},
                 keys=facts["keys"],
                 defects={int(place): str(reason) for place, reason in facts["defects"]},
-                complete=bool(facts["complete"]),
+                flaw=str(facts["flaw"]),
             )
     except FileNotFoundError:
         return None

@@ -25,7 +25,7 @@ from vitfreeze.config import (
     load_run_config,
 )
 from vitfreeze.data import ShardError, ShardIdentity, describe_difference, identify_shards
-from vitfreeze.files import replace_durably
+from vitfreeze.files import read_json_lines, replace_durably
 from vitfreeze.ranks import Ranks
 from vitfreeze.report import Reporter
 from vitfreeze.training.state import RunMemory
@@ -169,13 +169,14 @@ def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks, 
        wsd, run.length and optim.cooldown may, if the run becomes longer and its cooldown has not begun.
     4. `resume.from` names a checkpoint that this run has not begun from yet: from there.
     5. The run has checkpoints: from the newest whole one; when all are damaged, refused.
-    6. The folder is empty, or holds a run that never saved: from step 0.
+    6. The folder holds the logs of a run that has saved, and no checkpoint any more: refused.
+    7. The folder is empty, or holds a run that never saved: from step 0.
 
     In cases 4 and 5 the training shards must be those of the checkpoint, unless `resume.other_data` allows others. An
     epoch of the settings then stays as many steps as it was when the run began.
 
     Raises:
-        ConfigError: cases 1 to 3, or `resume.from` names no checkpoint, or that of another run, or the data are others.
+        ConfigError: cases 1 to 3 and 6, or `resume.from` names no checkpoint or another run's, or the data are others.
         CheckpointError: every checkpoint there is damaged.
         ShardError: a shard cannot be read.
     """
@@ -213,6 +214,7 @@ def _decide(config: Config, directory: Path, *, fresh: bool, data: TrainingData)
     elif own:
         chosen, reason = own, f"going on from {own.path} at step {own.step}"
     else:
+        _refuse_lost_checkpoints(directory)
         chosen, reason = None, f"a new run in {directory}"
     shards = identify_shards(data.names, data.lengths)
     other_data = _compare_data(config, chosen, shards)
@@ -252,6 +254,19 @@ def _compare_data(config: Config, checkpoint: Checkpoint | None, shards: Sequenc
             f"they had, {steps} to an epoch",
         )
     return difference
+
+
+def _refuse_lost_checkpoints(directory: Path) -> None:
+    """Refuse to begin anew, and so to cut the logs of a run that has saved something; raises ConfigError."""
+    metrics, events = (directory / name for name in ("metrics.jsonl", "events.jsonl"))
+    saved = [event.get("step") for event in read_json_lines(events) if event.get("event") == "save"]
+    if not saved and (events.is_file() or not read_json_lines(metrics)):
+        return
+    told = f"saved step {saved[-1]}" if saved else "took steps, and its events.jsonl is gone"
+    raise ConfigError(
+        f"{directory} holds the logs of a run that {told}, and no checkpoint any more: put its checkpoints back, or "
+        f"move the folder away (mv {directory} {directory}.old), or give another run.dir"
+    )
 
 
 def _holds_run(directory: Path) -> bool:
