@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("vitfreeze")
+MOST_JSON_BYTES = 64 << 20
 
 
 @contextmanager
@@ -58,16 +59,43 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"{path} is larger than {MOST_JSON_BYTES >> 20} MiB, which no file of its kind is")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_json(data, name=str(path))
+
+
+def parse_json(data: bytes | str, *, name: str) -> Any:
+    """Return what JSON says; raises ValueError with the name of the file that is none, or nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{name} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({error})") from None
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file; a last line that a kill cut short is left out. No file: no objects."""
+    """Return the objects of a .jsonl file that have a step; lines that a kill cut short are left out. No file: none."""
     if not path.is_file():
         return []
     objects = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(read, dict) and isinstance(read.get("step"), int):
+            objects.append(read)
     return objects
 
 

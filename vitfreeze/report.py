@@ -169,7 +169,7 @@ class Reporter:
         trim_json_lines(run_dir / "metrics.jsonl", keep=lambda line: line["step"] <= start_step)
         trim_json_lines(
             run_dir / "events.jsonl",
-            keep=lambda line: line["event"] not in ("freeze", "adaptive_check") or line["step"] < start_step,
+            keep=lambda line: line.get("event") not in ("freeze", "adaptive_check") or line["step"] < start_step,
         )
         self._metrics, self._events = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "events.jsonl")
         self._board = Board(run_dir / "tensorboard", start_step=start_step)

@@ -259,7 +259,7 @@ def _compare_data(config: Config, checkpoint: Checkpoint | None, shards: Sequenc
 def _refuse_lost_checkpoints(directory: Path) -> None:
     """Refuse to begin anew, and so to cut the logs of a run that has saved something; raises ConfigError."""
     metrics, events = (directory / name for name in ("metrics.jsonl", "events.jsonl"))
-    saved = [event.get("step") for event in read_json_lines(events) if event.get("event") == "save"]
+    saved = [event["step"] for event in read_json_lines(events) if event.get("event") == "save"]
     if not saved and (events.is_file() or not read_json_lines(metrics)):
         return
     told = f"saved step {saved[-1]}" if saved else "took steps, and its events.jsonl is gone"
