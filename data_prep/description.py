@@ -107,7 +107,7 @@ def describe_shard(entry: ShardEntry, *, folder: Path, decoded: Mapping[str, int
             if statistics.num_measured < decoded[entry.split]:
                 statistics.moments += measure_colours(sample.members[extension].read())
                 statistics.num_measured += 1
-        except (UndecodableError, ValueError, KeyError, TypeError, StopIteration) as error:
+        except (UndecodableError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
             raise InputError(f"{path} holds the damaged sample {sample.key}: `verify` tells more.") from error
         statistics.labels[label] += 1
         statistics.shorter_sides[shorter] += 1

@@ -7,6 +7,7 @@ the formats named here are opened (Pillow would hand an EPS file to Ghostscript)
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -57,7 +58,12 @@ def prepare_image(data: bytes, *, resize_shorter: int | None = None, quality: in
     except (UndecodableError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and others
-        raise UndecodableError(f"{type(error).__name__}: {error}") from error
+        raise UndecodableError(f"{type(error).__name__}: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    """Return an error's text without memory addresses, so that two packs of the same input say the same."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
 
 
 def check_file_size(size: int) -> None:
@@ -128,7 +134,7 @@ def measure_colours(data: bytes) -> np.ndarray:
     try:
         pixels = np.asarray(to_eight_bits(open_image(data)).convert("RGB"), dtype=np.float32).reshape(-1, 3) / 255
     except OSError as error:
-        raise UndecodableError(str(error)) from error
+        raise UndecodableError(_describe(error)) from error
     return np.stack([pixels.mean(0, dtype=np.float64), np.square(pixels).mean(0, dtype=np.float64)])
 
 

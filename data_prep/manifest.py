@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
@@ -158,7 +158,7 @@ class Journal:
             if len(lines) < 2 and not any(self.folder.glob("*.tar")):
                 return None  # that run had only begun
             return Manifest(lines[0]["settings"], [ShardEntry(**line) for line in lines[1:]])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise InputError(f"{self.folder / JOURNAL} is damaged: delete the folder and start again.") from error
 
     def _append(self, line: Mapping[str, Any]) -> None:

@@ -84,7 +84,7 @@ def _check_folder(folder: Path, manifest: Manifest) -> list[str]:
     for name, wanted in ((INFO, {"name": manifest.settings["dataset"], "splits": splits}), (SIZES, sizes)):
         try:
             agrees = json.loads((folder / name).read_text(encoding="utf-8")) == wanted
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{name} cannot be read ({error})")
         else:
             problems += [] if agrees else [f"{name} does not agree with {MANIFEST}"]
@@ -141,7 +141,7 @@ def _check_sample(sample: StoredSample, num_classes: int) -> str | None:
         image = prepare_image(source.read())
     except UndecodableError as error:
         return f"the image does not decode ({error})"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"its label or description cannot be read ({error})"
     if label is not None and not 0 <= label < num_classes:
         return f"the label {label} is not between 0 and {num_classes - 1}"

@@ -27,7 +27,7 @@ from vitfreeze.files import read_json_lines
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import read_pretrained
 from vitfreeze.ranks import Ranks
-from vitfreeze.training.start import choose_start
+from vitfreeze.training.start import TrainingData, choose_start
 
 ALONE = Ranks.alone(torch.device("cpu"))
 DS_CONFIG = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0}
@@ -91,7 +91,9 @@ def engine() -> Iterator[FreezingEngine]:
 
 def resume(run_dir: Path, engine: FreezingEngine) -> None:
     """What `vitfreeze pretrain` reads of a run folder."""
-    start = choose_start(Config(), run_dir, fresh=False, ranks=ALONE, steps_per_epoch=625)
+    start = choose_start(
+        Config(), run_dir, fresh=False, ranks=ALONE, data=TrainingData(names=(), lengths=(), steps_per_epoch=625)
+    )
     read_json_lines(run_dir / "metrics.jsonl")
     read_json_lines(run_dir / "events.jsonl")
     if start.checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from vitfreeze.config import Config, ConfigError, FreezeConfig, ResumeConfig, Ru
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.model import LocalMIM
 from vitfreeze.ranks import Ranks
-from vitfreeze.training.start import RunFolder, Start, choose_start
+from vitfreeze.training.start import RunFolder, Start, TrainingData, choose_start
 from vitfreeze.training.state import read_adaptive_checks
 
+DATA = TrainingData(names=(), lengths=(), steps_per_epoch=625)
 ALONE = Ranks.alone(torch.device("cpu"))
 
 
@@ -35,7 +37,7 @@ def engine() -> Iterator[FreezingEngine]:
 
 def start(config: Config, directory: Path, *, fresh: bool = False) -> Start:
     with RunFolder(directory, ranks=ALONE):
-        return choose_start(config, directory, fresh=fresh, ranks=ALONE, steps_per_epoch=625)
+        return choose_start(config, directory, fresh=fresh, ranks=ALONE, data=DATA)
 
 
 def save(engine: FreezingEngine, directory: Path, step: int, *, config: Config | None = None, **extra: str) -> Path:
@@ -124,11 +126,11 @@ def test_resume_from_another_run_counts_once(engine: FreezingEngine, tmp_path: P
     config = replace(Config(), resume=ResumeConfig(from_=str(wanted)))
     begun = start(config, mine)
     assert begun.checkpoint is not None
-    assert (begun.checkpoint.path, begun.resumed_from) == (wanted, str(wanted))
-    save(engine, mine, 6, config=config, resumed_from=begun.resumed_from)
+    assert (begun.checkpoint.path, begun.memory.resumed_from) == (wanted, str(wanted))
+    save(engine, mine, 6, config=config, resumed_from=begun.memory.resumed_from)
     again = start(config, mine)  # the same command, after a requeue
     assert again.step == 6
-    assert again.resumed_from == str(wanted)
+    assert again.memory.resumed_from == str(wanted)
 
 
 def test_resume_from_goes_back_in_the_same_run(engine: FreezingEngine, tmp_path: Path) -> None:
@@ -168,3 +170,20 @@ def test_adaptive_checks_come_from_the_checkpoint_not_from_the_log(engine: Freez
     later = {**check, "step": 6, "frozen_layers": 2}
     (tmp_path / "events.jsonl").write_text(json.dumps(check) + "\n" + json.dumps(later) + "\n")
     assert read_adaptive_checks(start(Config(), tmp_path).checkpoint) == (check,)
+
+
+def test_lost_checkpoints_are_no_reason_to_cut_the_logs(engine: FreezingEngine, tmp_path: Path) -> None:
+    start(Config(), tmp_path)
+    save(engine, tmp_path, 4)
+    logs = {"metrics.jsonl": '{"step": 4}\n', "events.jsonl": '{"event": "save", "step": 4}\n'}
+    for name, text in logs.items():
+        (tmp_path / name).write_text(text)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"logs of a run that saved step 4, and no checkpoint any more"):
+        start(Config(), tmp_path)
+    (tmp_path / "events.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"logs of a run that took steps"):
+        start(Config(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == logs["metrics.jsonl"]
+    (tmp_path / "events.jsonl").write_text('{"event": "start", "step": 0}\n')  # it never saved
+    assert start(Config(), tmp_path).step == 0

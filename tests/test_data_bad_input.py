@@ -103,9 +103,43 @@ def test_truncated_shard_of_unknown_length_is_refused(tmp_path: Path, make_loade
     with tarfile.open(path) as archive:
         member = archive.getmembers()[8]
     path.write_bytes(path.read_bytes()[: member.offset if cut == "between members" else member.offset_data + 99])
-    with pytest.raises(ShardError, match=r"a\.tar breaks off after [45] samples") as error:
+    with pytest.raises(ShardError, match=r"a\.tar holds [45] samples and then breaks off") as error:
         make_loader(str(path))
     message_of(error)
+
+
+def zero_middle(data: bytes) -> bytes:
+    part = len(data) // 3 // 512 * 512
+    return data[:part] + bytes(part) + data[2 * part :]
+
+
+def zero_one_header(data: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        start = archive.getmembers()[8].offset
+    return data[:start] + bytes(512) + data[start + 512 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (zero_middle, "goes on behind tar's mark of an end"),
+        (zero_one_header, "goes on behind tar's mark of an end"),
+        (lambda data: data + data, "goes on behind tar's mark of an end"),
+        (lambda data: data[:-10240] + bytes(3 << 20), "bytes of zeros, which no tar program writes"),
+    ],
+)
+def test_damaged_shard_does_not_pass_for_a_shorter_one(
+    tmp_path: Path, make_loader: MakeLoader, damage: Callable[[bytes], bytes], words: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", good_members(0, 64))
+    whole = path.read_bytes()
+    assert make_loader(str(path)).lengths == [64]
+    path.write_bytes(damage(whole))
+    with pytest.raises(ShardError, match=rf"shard .*a\.tar holds \d+ samples and then .*{words}") as error:
+        make_loader(str(path))
+    message_of(error)
+    path.write_bytes(whole + bytes(1 << 19))  # a record of tar's may be long
+    assert make_loader(str(path)).lengths == [64]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json cannot be read: No such file"):
         read_settings(tmp_path / "none.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"broken\.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"broken\.json is not valid JSON"):
         read_settings(tmp_path / "broken.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list, not an object"):

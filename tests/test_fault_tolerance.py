@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -206,6 +207,24 @@ def test_a_full_disk_does_not_end_the_run(bench: Bench) -> None:
     assert [event["step"] for event in failed] == [3, 6]
     assert "could not be saved" in bench.log("full")
     assert read_events(bench.folder / "full", "save")[-1]["step"] == 16
+
+
+def test_every_step_can_be_saved(bench: Bench) -> None:
+    assert bench.run("every", "checkpoint.every=1 steps", "checkpoint.keep=100") == [0], bench.log("every")
+    assert [event["step"] for event in read_events(bench.folder / "every", "save")] == list(range(1, 17))
+
+
+def test_a_run_folder_that_is_deleted_is_noticed_and_the_last_state_is_kept(bench: Bench) -> None:
+    run_dir = bench.folder / "deleted"
+    job = bench.start("deleted")
+    wait_for_step(bench, "deleted", job, 2)
+    job.signal(signal.SIGSTOP)
+    shutil.rmtree(run_dir)
+    job.signal(signal.SIGCONT)
+    assert job.wait() == [0], bench.log("deleted")
+    assert bench.log("deleted").count("is gone, deleted or moved") == 1
+    assert "is made anew for the last state" in bench.log("deleted")
+    assert newest_checkpoint(run_dir).name == "step-00000016"
 
 
 def test_the_guard_judges_a_step_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ class Range:
 
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = Range(0), Range(1), Range(0, open_low=True)
 SHARE, SHARE_ABOVE_0, SHARE_BELOW_1 = Range(0, 1), Range(0, 1, open_low=True), Range(0, 1, open_high=True)
+_MOST_RECIPE_BYTES, _MOST_NODES, _MOST_BASES = 4 << 20, 100_000, 20
+_LONGEST_NUMBER, _LONGEST_QUOTE = 100, 300  # characters
 IN_RUN = "steps, epochs, fraction"  # a duration that can be counted in the steps of its run
 # Values that hold from a moment of the run until the next.
 Stages = tuple[tuple[Duration, float], ...]
@@ -362,6 +364,11 @@ class ResumeConfig:
     from_: str = option(
         "", "checkpoint to start from instead of the newest in the run folder", may_change=True, is_path=True
     )
+    other_data: str = option(
+        "refuse", "training shards that are not those of the checkpoint; keep_steps: go on with them, while length, "
+        "rates, freezing and all else that was given in epochs stay at the steps that they had",
+        choices=("refuse", "keep_steps"), may_change=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +422,9 @@ class Config:
         """Return the error for the setting `section.key`: its value, what is allowed, where it was set."""
         section, name = key.split(".")
         value = _plain(getattr(getattr(self, section), _field_name(name)))
-        return ConfigError(f"{key} is {value!r}; allowed: {allowed} (set in {self.origins.get(key, 'the defaults')})")
+        return ConfigError(
+            f"{key} is {_shorten(repr(value))}; allowed: {allowed} (set in {self.origins.get(key, 'the defaults')})"
+        )
 
     @contextmanager
     def attribute_errors(self, keys: Mapping[str, str], *, steps_per_epoch: int) -> Iterator[None]:
@@ -465,8 +474,10 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not equals or "." not in key:
             raise ConfigError(f"{override!r} is not an override; write section.key=value, as in freeze.t_0=0.9")
-        with _reading_yaml(f"the override {override!r}"):
-            values[key.strip()] = (yaml.safe_load(text), COMMAND_LINE)
+        with _reading_yaml(f"the override {_shorten(override)!r}"):
+            node = _compose_yaml(text, f"the override {_shorten(override)!r}")
+            value = None if node is None else yaml.SafeLoader("").construct_object(node, deep=True)
+        values[key.strip()] = (value, COMMAND_LINE)
     return build_config(values, recipe=path.stem)
 
 
@@ -777,8 +788,12 @@ def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[
     """Yield ('section.key', plain value, where it stands) from a YAML file of sections, those of its base first."""
     if path.resolve() in above:
         raise ConfigError(f"{path} is, by way of `base:`, its own base")
+    if len(above) > _MOST_BASES:
+        raise ConfigError(f"{above[0]} has more than {_MOST_BASES} recipes below one another by way of `base:`")
     with _reading_yaml(path):
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        if path.stat().st_size > _MOST_RECIPE_BYTES:
+            raise ConfigError(f"{path} is larger than {_MOST_RECIPE_BYTES >> 20} MiB, which no recipe is")
+        root = _compose_yaml(path.read_text(), str(path))
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -800,7 +815,7 @@ def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[
             if key in seen:
                 raise ConfigError(f"{key} is set twice: in {seen[key]} and in {where}")
             seen[key] = where
-            with _reading_yaml(where):
+            with _reading_yaml(f"{path} line {key_node.start_mark.line + 1}"):
                 value = yaml.SafeLoader("").construct_object(value_node, deep=True)
             yield key, value, where
 
@@ -809,8 +824,40 @@ def _read_recipe(path: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[
 def _reading_yaml(where: str | Path) -> Iterator[None]:
     try:
         yield
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from None
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is not readable YAML: it is nested too deeply") from None
+    # PyYAML raises what Python's own conversions do: !!bool x is a KeyError, !!int _ an IndexError.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(f"{where} is not readable YAML: {_shorten(' '.join(str(error).split()))}") from None
+
+
+def _compose_yaml(text: str, where: str) -> yaml.Node | None:
+    """Return the nodes of a YAML text; raises ConfigError for one that would grow without bound when it is read."""
+    root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and _count_nodes(root, {}) > _MOST_NODES:
+        raise ConfigError(f"{where} stands for more than {_MOST_NODES:,} values, or for itself, by its aliases")
+    return root
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node stands for when its aliases are written out."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # if it is met again inside of itself
+        inner = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag != "tag:yaml.org,2002:str" and len(node.value) > _LONGEST_NUMBER:
+                raise yaml.YAMLError(f"a number of {len(node.value):,} characters")
+            inner = ()
+        known[id(node)] = 1 + sum(_count_nodes(child, known) for child in inner)
+    return known[id(node)]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
 
 
 def _nearest(key: str) -> str:

@@ -260,7 +260,8 @@ def _figures(folder: Path, *, step: int) -> dict[str, str]:
     figures = {}
     metrics = [line for line in read_json_lines(folder / "metrics.jsonl") if line["step"] <= step]
     if metrics:
-        figures["training loss"] = f"{metrics[-1]['loss']:.4f}"
+        if metrics[-1]["loss"] is not None:  # as JSON has a loss that was not finite
+            figures["training loss"] = f"{metrics[-1]['loss']:.4f}"
         figures["images per second"] = f"{metrics[-1]['images_per_second']:.1f}"
     evaluated = [line["eval"] for line in metrics if "eval" in line]
     if evaluated:

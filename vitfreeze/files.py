@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("vitfreeze")
+MOST_JSON_BYTES = 64 << 20
 
 
 @contextmanager
@@ -57,16 +59,43 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"{path} is larger than {MOST_JSON_BYTES >> 20} MiB, which no file of its kind is")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_json(data, name=str(path))
+
+
+def parse_json(data: bytes | str, *, name: str) -> Any:
+    """Return what JSON says; raises ValueError with the name of the file that is none, or nested too deeply."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{name} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({error})") from None
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file; a last line that a kill cut short is left out. No file: no objects."""
+    """Return the objects of a .jsonl file that have a step; lines that a kill cut short are left out. No file: none."""
     if not path.is_file():
         return []
     objects = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(read, dict) and isinstance(read.get("step"), int):
+            objects.append(read)
     return objects
 
 
@@ -74,29 +103,55 @@ def trim_json_lines(path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> No
     """Rewrite a .jsonl file with only the objects that `keep` accepts, in one atomic step."""
     if not path.is_file():
         return
-    kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if keep(line)]
+    kept = [format_json(line) + "\n" for line in read_json_lines(path) if keep(line)]
     with replacing(path) as temporary:
         temporary.write_text("".join(kept))
 
 
-class LineFile:
-    """A .jsonl file that is appended to. Lines that a full disk refuses wait and are written when there is room."""
+def format_json(value: Any) -> str:
+    """Return strict JSON (RFC 8259), in which a number that is not finite is null."""
+    return json.dumps(_replace_infinite(value), allow_nan=False)
+
+
+def _replace_infinite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _replace_infinite(item) for name, item in value.items()}
+    return [_replace_infinite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class RecordFile:
+    """A file that whole records are appended to. Those that a full disk refuses wait until there is room.
+
+    The system has every record as soon as `append` returns, so that a killed process loses none.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
 
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Append an object, after those that wait; never raises OSError."""
+    def append(self, record: bytes) -> None:
+        """Append a record, after those that wait; never raises OSError, and warns once until it has succeeded."""
         was_refused = bool(self._waiting)
-        self._waiting.append(json.dumps(line) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        self._waiting.append(record)
+        size = None
         try:
-            with self.path.open("a") as file:
-                file.writelines(self._waiting)
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write(b"".join(self._waiting))
             self._waiting.clear()
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, size)  # no half line, on which the next one would be glued
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # no half record, on which the next one would be glued
             if not was_refused:
-                logger.warning("%s cannot be written (%s); its lines wait for room", self.path, error.strerror)
+                logger.warning("%s cannot be written (%s); what it lacks waits for room", self.path, error.strerror)
+
+
+class LineFile(RecordFile):
+    """A .jsonl file that is appended to, of strict JSON."""
+
+    def append_line(self, line: Mapping[str, Any]) -> None:
+        """Append an object."""
+        self.append(f"{format_json(line)}\n".encode())

@@ -190,8 +190,11 @@ def _read_safetensors(path: Path) -> Pretrained:
             source = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from None
-    size = ModelSize(**json.loads(metadata["model_size"])) if "model_size" in metadata else None
-    colours = _read_colours(*json.loads(metadata["colours"])) if "colours" in metadata else IMAGENET
+    try:
+        size = ModelSize(**json.loads(metadata["model_size"])) if "model_size" in metadata else None
+        colours = _read_colours(*json.loads(metadata["colours"])) if "colours" in metadata else IMAGENET
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has metadata that cannot be used: {error}") from None
     return _from_tensors(
         source, path=path, size=size, colours=colours, origin=metadata.get("origin", f"the weights in {path}")
     )
@@ -208,8 +211,10 @@ def _read_torch(path: Path) -> Pretrained:
             f"{path} holds objects that are not read from untrusted files, only tensors, plain containers and "
             f"argparse.Namespace are: {reason}"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable file of torch.save: {str(error).splitlines()[0]}") from None
+    # A damaged stream makes the unpickler meet whatever its operations can: no type of error is left out.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a readable file of torch.save: {reason}") from None
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise ValueError(f"{path} holds a {kind}, expected the weights, or a dict with them as 'model'")

@@ -9,21 +9,27 @@ state it holds.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vitfreeze.files import LineFile, trim_json_lines
+from vitfreeze.files import LineFile, RecordFile, trim_json_lines
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
@@ -114,35 +120,37 @@ class WaitWatch:
 
 
 class Board:
-    """TensorBoard files. Figures that a full disk refuses are lost here, and stay in metrics.jsonl."""
+    """A TensorBoard file, of the records that torch's SummaryWriter writes, but by the calling thread.
 
-    def __init__(self, folder: Path, *, purge_step: int) -> None:
-        self.folder = folder
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_step)
-        self._has_warned = False
+    That writer keeps two minutes of records in a queue, which a killed run loses, and its thread dies of a full disk.
+
+    Args:
+        folder: of the run's files, one for each start.
+        start_step: steps taken before; what files of earlier starts say of later ones is not shown.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int) -> None:
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # read in order of names
+        self._file = RecordFile(folder / name)
+        with suppress(OSError):  # `append` tells it
+            folder.mkdir(parents=True, exist_ok=True)
+        self._add(Event(file_version="brain.Event:2", step=start_step))
+        self._add(Event(session_log=SessionLog(status=SessionLog.START), step=start_step + 1))
 
     def add_scalars(self, figures: Mapping[str, float], step: int) -> None:
         """Add numbers by name."""
-        for name, value in figures.items():
-            self._write(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))  # type: ignore[misc]
+        self._add(*(Event(summary=summary.scalar(name, value), step=step) for name, value in figures.items()))
 
     def add_image(self, name: str, image_CHW: Tensor, step: int) -> None:
         """Add a picture with values in [0, 1]."""
-        self._write(lambda writer: writer.add_image(name, image_CHW, step))
+        self._add(Event(summary=summary.image(name, image_CHW, dataformats="CHW"), step=step))
 
-    def close(self) -> None:
-        """Flush everything."""
-        self._write(lambda writer: writer.close())
-
-    def _write(self, action: Callable[[SummaryWriter], object]) -> None:
-        try:
-            if self._writer is None:  # one that has failed never works again
-                self._writer = SummaryWriter(str(self.folder))
-            action(self._writer)
-        except OSError as error:
-            if not self._has_warned:
-                logger.warning("%s cannot be written (%s); figures are missing there", self.folder, error.strerror)
-            self._writer, self._has_warned = None, True
+    def _add(self, *events: Event) -> None:
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        self._file.append(records.getvalue())
 
 
 class Reporter:
@@ -161,10 +169,10 @@ class Reporter:
         trim_json_lines(run_dir / "metrics.jsonl", keep=lambda line: line["step"] <= start_step)
         trim_json_lines(
             run_dir / "events.jsonl",
-            keep=lambda line: line["event"] not in ("freeze", "adaptive_check") or line["step"] < start_step,
+            keep=lambda line: line.get("event") not in ("freeze", "adaptive_check") or line["step"] < start_step,
         )
         self._metrics, self._events = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "events.jsonl")
-        self._board = Board(run_dir / "tensorboard", purge_step=start_step)
+        self._board = Board(run_dir / "tensorboard", start_step=start_step)
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         self._bar = tqdm(
@@ -181,7 +189,7 @@ class Reporter:
         """Write one object to metrics.jsonl, its numbers to TensorBoard, and the main ones beside the bar."""
         if not self._active:
             return
-        self._metrics.append({"step": step, **figures})
+        self._metrics.append_line({"step": step, **figures})
         self._board.add_scalars(dict(flatten_numbers(figures)), step)
         shown = {"loss": f"{figures['loss']:.4f}", "img/s": f"{figures['images_per_second']:.1f}"}
         self._bar.set_postfix({**shown, "frozen": figures["frozen_layers"]}, refresh=False)
@@ -190,7 +198,7 @@ class Reporter:
         """Write one object to events.jsonl and, given a message, one line above the bar."""
         if not self._active:
             return
-        self._events.append({"event": event, "step": step, "time": time.time(), **details})
+        self._events.append_line({"event": event, "step": step, "time": time.time(), **details})
         if message:
             logger.info(message)
 
@@ -200,11 +208,10 @@ class Reporter:
             self._board.add_image(name, image_CHW, step)
 
     def close(self) -> None:
-        """Flush everything; the run folder is then complete."""
+        """End the bar and give the terminal back; everything is written already."""
         if self._active:
             self._bar.close()
             self._redirect.__exit__(None, None, None)
-            self._board.close()
             self._active = False
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, load_run_config
-from vitfreeze.files import replace_durably, write_durably
+from vitfreeze.files import read_json, replace_durably, write_durably
 
 logger = logging.getLogger("vitfreeze")
 
@@ -169,15 +169,18 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     if verify:
         for name, facts in manifest["files"].items():
             check_file(path / name, size=facts["bytes"], sha256=facts["sha256"])
-    return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        serial=manifest["serial"],
-        world_size=manifest["world_size"],
-        frozen_layers=manifest["scalars"]["frozen_layers"],
-        extra=manifest["extra"],
-        manifest=manifest,
-    )
+    try:
+        return Checkpoint(
+            path=path,
+            step=manifest["step"],
+            serial=manifest["serial"],
+            world_size=manifest["world_size"],
+            frozen_layers=manifest["scalars"]["frozen_layers"],
+            extra=manifest["extra"],
+            manifest=manifest,
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is no manifest of a checkpoint: it lacks {error}") from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -188,14 +191,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        whole = json.loads(file.read_bytes())
+        whole = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    try:
         content, digest = whole["content"], whole["sha256"]
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         raise CheckpointError(f"{file} is no manifest of a checkpoint") from None
     if digest != _digest(content):
         raise CheckpointError(f"{file} is damaged: its checksum does not match")
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise CheckpointError(f"{file} is no manifest of a checkpoint")
     if content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{file} is of format {content.get('format_version')}, and this reads {FORMAT_VERSION}")
     for name in content["files"]:

@@ -74,6 +74,9 @@ class SaveSchedule:
         start_step: the step that the run begins with; it needs no saving.
         steps_per_epoch, total_steps: of the run.
         retry_seconds: pause before the next try when a checkpoint could not be written.
+
+    Attributes:
+        waits: whether a save that is due waits for the one before it. Steps are kept to; minutes may become more.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class SaveSchedule:
         self.last_started = self.last_saved = start_step
         self._steps: int | None = None
         self._seconds = every.value * 60
-        if every.unit != "minutes":
+        self.waits = every.unit != "minutes"
+        if self.waits:
             self._steps = max(1, every.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps))
         self._retry_seconds = retry_seconds
         self._started_at = time.monotonic()
@@ -126,7 +130,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._report: SaveReport | None = None
         self._failure: BaseException | None = None
-        self._ranks.from_rank_0(lambda: _clear_remains(self.parent))
+        self._ranks.from_rank_0(self._prepare_folder)
 
     @property
     def is_busy(self) -> bool:
@@ -216,7 +220,16 @@ class CheckpointWriter:
             self._delete_old()
         return replace(outcome, path=self.parent / name, bytes=size)
 
+    def _prepare_folder(self) -> None:
+        self.parent.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(self.parent)
+
     def _write_files(self, parts: Path, snapshot: _Snapshot) -> None:
+        if not self.parent.parent.is_dir():  # made anew in silence, it would hide that all else of the run is lost
+            raise FileNotFoundError(
+                f"the run folder {self.parent.parent} is gone, deleted or moved while the run goes on; put it back or "
+                "make an empty one, and the run saves there"
+            )
         parts.mkdir(parents=True, exist_ok=True)
         facts = {}
         for name, tensors in snapshot.files.items():

@@ -5,6 +5,7 @@ from vitfreeze.data.build import build_train_loader, check_labels, count_trainin
 from vitfreeze.data.epoch_report import merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
+from vitfreeze.data.identity import ShardIdentity, describe_difference, identify_shards
 from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
 from vitfreeze.data.normalization import normalize
 from vitfreeze.data.order import EpochOrder
@@ -20,10 +21,13 @@ __all__ = [
     "RandomCrop",
     "ReadOptions",
     "ShardError",
+    "ShardIdentity",
     "TrainLoader",
     "build_train_loader",
     "check_labels",
     "count_training_images",
+    "describe_difference",
+    "identify_shards",
     "merge_reports",
     "normalize",
     "open_split",

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import tarfile
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,14 +24,20 @@ import numpy as np
 from vitfreeze.data.addresses import Address, Kind, cut_query, expand_names, is_remote, read_address
 from vitfreeze.data.downloads import DownloadCache
 from vitfreeze.data.errors import BadSampleError, ShardError
-from vitfreeze.files import replacing
+from vitfreeze.files import parse_json, replacing
 
 _log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 _BLOCK = 512
-_INDEX_VERSION = 2
+# What tarfile raises for headers that are none, beside its own errors: int(), struct and slices meet any bytes there.
+_BAD_HEADER = (tarfile.TarError, ValueError, LookupError, TypeError, OverflowError, OSError, RecursionError)
+_LARGEST_HEADER = 1 << 20  # bytes; those of PAX hold names and comments
+_MOST_SAMPLES = 100_000_000  # in one shard
+_CHUNK = 1 << 20
+_LONGEST_PADDING = 1 << 20  # bytes of zeros at the end; tar pads to its record, of 10 KiB by default
+_INDEX_VERSION = 3
 _INDEX_ARRAYS = ("offsets", "sizes", "labels")
 _LONGEST_LABEL = 32  # bytes; a class index needs fewer
 
@@ -47,7 +52,8 @@ class ShardIndex:
         sizes: (n,) int64, bytes of each image.
         labels: (n,) int64 class index; -1 where the shard names none.
         defects: why a sample cannot be used, by its place in the shard.
-        complete: whether the archive ends as tar archives do, with a block of zeros.
+        flaw: how the archive ends otherwise than tar archives do, with zeros and nothing behind them; empty if it ends
+            well.
     """
 
     keys: Sequence[str]
@@ -55,7 +61,7 @@ class ShardIndex:
     sizes: np.ndarray
     labels: np.ndarray
     defects: Mapping[int, str]
-    complete: bool
+    flaw: str
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -84,11 +90,17 @@ def index_shard(file: BinaryIO, *, name: str) -> ShardIndex:
     drafts: list[_Draft] = []
     size = os.fstat(file.fileno()).st_size
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is the caller's to close
-    except tarfile.TarError as error:
-        raise ShardError(_describe_foreign_file(file, name, size)) from error
+        archive = tarfile.open(fileobj=_Headers(file, name), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+    except _BAD_HEADER as error:
+        raise (
+            error if isinstance(error, ShardError) else ShardError(_describe_foreign_file(file, name, size))
+        ) from error
+    reached = -1
     try:
         for member in archive:
+            if archive.offset <= reached:  # a negative size leads back to members that were read
+                break
+            reached = archive.offset
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 continue
             key, extension = split_member_name(member.name)
@@ -100,10 +112,47 @@ def index_shard(file: BinaryIO, *, name: str) -> ShardIndex:
                 drafts[-1].dotted = member.name
             elif extension == LABEL_EXTENSION:
                 drafts[-1].labels.append(os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset_data))
-    except tarfile.TarError:
+    except ShardError:
+        raise
+    except _BAD_HEADER:
         pass  # cut in the middle: tarfile says so for some cuts and is silent for others, so the end is looked at
-    end = os.pread(file.fileno(), _BLOCK, archive.offset)
-    return _build_index(drafts, file_size=size, complete=len(end) == _BLOCK and not any(end))
+    return _build_index(drafts, file_size=size, flaw=_find_flaw(file, min(max(archive.offset, 0), size)))
+
+
+class _Headers:
+    """A shard as tarfile sees it: the headers, each of a size that headers have. Bodies are passed over by seeking."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name, self._taken, self._reached = file, name, 0, -1
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        start = self._file.tell()
+        self._taken = self._taken + size if start == self._reached else size
+        if not 0 <= size <= self._taken <= _LARGEST_HEADER:
+            raise ShardError(f"shard {self._name} has a header of {size:,} bytes at byte {start:,}; it is damaged")
+        data = self._file.read(size)
+        self._reached = start + len(data)
+        return data
+
+
+def _find_flaw(file: BinaryIO, end: int) -> str:
+    """Say what is wrong with what stands where the headers end: zeros up to the end of the file are right."""
+    start = end
+    while chunk := os.pread(file.fileno(), _CHUNK, end):
+        if chunk.strip(b"\0"):
+            return (
+                "goes on behind tar's mark of an end: its middle was overwritten with zeros, or two archives were put "
+                "together"
+                if end > start or not any(chunk[:_BLOCK])
+                else "breaks off without tar's mark of an end"
+            )
+        end += len(chunk)
+    if end - start < _BLOCK:
+        return "breaks off without tar's mark of an end"
+    if end - start > _LONGEST_PADDING:
+        return f"ends in {end - start:,} bytes of zeros, which no tar program writes: its last part was never filled"
+    return ""
 
 
 def split_member_name(name: str) -> tuple[str, str]:
@@ -113,7 +162,7 @@ def split_member_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def _build_index(drafts: Sequence[_Draft], *, file_size: int, complete: bool) -> ShardIndex:
+def _build_index(drafts: Sequence[_Draft], *, file_size: int, flaw: str) -> ShardIndex:
     offsets, sizes = np.full(len(drafts), -1, np.int64), np.zeros(len(drafts), np.int64)
     labels, defects = np.full(len(drafts), -1, np.int64), {}
     seen: set[str] = set()
@@ -127,7 +176,7 @@ def _build_index(drafts: Sequence[_Draft], *, file_size: int, complete: bool) ->
         if draft.labels:
             labels[place] = int(draft.labels[0])
     keys = [draft.key for draft in drafts]
-    return ShardIndex(keys=keys, offsets=offsets, sizes=sizes, labels=labels, defects=defects, complete=complete)
+    return ShardIndex(keys=keys, offsets=offsets, sizes=sizes, labels=labels, defects=defects, flaw=flaw)
 
 
 def _find_defect(draft: _Draft, seen: set[str], file_size: int) -> str:
@@ -141,6 +190,8 @@ def _find_defect(draft: _Draft, seen: set[str], file_size: int) -> str:
         return f"it has {len(draft.images)} images"
     if len(draft.labels) > 1:
         return f"it has {len(draft.labels)} labels"
+    if min(draft.images[0]) < 0:
+        return f"its header says that it has {draft.images[0][1]} bytes"
     if sum(draft.images[0]) > file_size:
         return "the shard ends in the middle of it"
     if draft.labels and not (draft.labels[0].strip().isdigit() and int(draft.labels[0]) < 2**31):
@@ -262,11 +313,12 @@ def _read_splits(folder: str) -> dict[str, list[tuple[str, int]]] | None:
             split: list(zip(part["filenames"], map(int, part["shard_lengths"]), strict=True))
             for split, part in info["splits"].items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise ShardError(
             f"{cut_query(folder).rstrip('/')}/_info.json must hold splits with as many filenames as shard_lengths each"
         ) from None
-    for name in (name for files in splits.values() for name, _ in files):
+    for name, length in (pair for files in splits.values() for pair in files):
+        _check_length(length, f"{cut_query(folder).rstrip('/')}/_info.json")
         if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
             raise ShardError(
                 f"{folder.rstrip('/')}/_info.json lists {name!r}, which is not the name of a file beside it"
@@ -290,9 +342,17 @@ def _read_lengths(names: Sequence[str]) -> dict[str, int]:
 def _read_sizes(base: str) -> dict[str, int]:
     sizes = _read_json(base or ".", "sizes.json") or {}
     try:
-        return {base + name: int(length) for name, length in sizes.items()}
-    except (TypeError, ValueError):
+        lengths = {base + name: int(length) for name, length in sizes.items()}
+    except (TypeError, ValueError, OverflowError):
         raise ShardError(f"{cut_query(base)}sizes.json must hold a number of samples for each shard") from None
+    for length in lengths.values():
+        _check_length(length, f"{cut_query(base)}sizes.json")
+    return lengths
+
+
+def _check_length(length: int, source: str) -> None:
+    if not 0 <= length <= _MOST_SAMPLES:
+        raise ShardError(f"{source} says that a shard holds {length:,} samples; allowed: 0 to {_MOST_SAMPLES:,}")
 
 
 def _read_json(folder: str, file_name: str) -> dict | None:
@@ -301,13 +361,16 @@ def _read_json(folder: str, file_name: str) -> dict | None:
         text = DownloadCache.read_small(folder.rstrip("/") + "/" + file_name)
     else:
         path = Path(folder) / file_name
-        text = path.read_bytes() if path.is_file() else None
+        try:
+            text = path.read_bytes() if path.is_file() else None
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read ({error.strerror})") from error
     if text is None:
         return None
     try:
-        value = json.loads(text)
+        value = parse_json(text, name=f"{cut_query(folder)}/{file_name}")
     except ValueError as error:
-        raise ShardError(f"{cut_query(folder)}/{file_name} is not valid JSON ({error})") from error
+        raise ShardError(str(error)) from error
     if not isinstance(value, dict):
         raise ShardError(f"{cut_query(folder)}/{file_name} must hold a JSON object")
     return value
@@ -362,16 +425,16 @@ class ShardReader:
         """Return the number of samples of a shard, from its headers where nothing states it.
 
         Raises:
-            ShardError: nothing states it, and the shard's end is missing, so nobody can say what was lost.
+            ShardError: nothing states it, and the shard does not end as it should, so nobody can say what was lost.
         """
         stated = self.shards.lengths[shard]
         if stated is not None:
             return stated
         index = self._enter(shard)[1]
-        if not index.complete:
+        if index.flaw:
             raise ShardError(
-                f"shard {cut_query(self.shards.names[shard])} breaks off after {len(index)} samples without tar's "
-                "mark of an end, and no _info.json says how many it should hold; fetch it again"
+                f"shard {cut_query(self.shards.names[shard])} holds {len(index)} samples and then {index.flaw}; no "
+                "_info.json says how many it should hold, so fetch it again"
             )
         return len(index)
 
@@ -496,7 +559,7 @@ class ShardReader:
 
 def _write_index(index: ShardIndex, path: Path) -> None:
     """Store an index; a folder that cannot be written costs time at the next start and nothing else."""
-    text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "complete": index.complete})
+    text = json.dumps({"keys": list(index.keys), "defects": list(index.defects.items()), "flaw": index.flaw})
     arrays = {name: getattr(index, name) for name in _INDEX_ARRAYS}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -511,14 +574,17 @@ def _read_index(path: Path) -> ShardIndex | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             facts = json.loads(arrays["text"].tobytes())
+            columns = {name: arrays[name] for name in _INDEX_ARRAYS}
+            if {column.shape for column in columns.values()} != {(len(facts["keys"]),)}:
+                raise ValueError("its columns are not of one length")
             return ShardIndex(
-                **{name: arrays[name] for name in _INDEX_ARRAYS},
+                **columns,
                 keys=facts["keys"],
                 defects={int(place): str(reason) for place, reason in facts["defects"]},
-                complete=bool(facts["complete"]),
+                flaw=str(facts["flaw"]),
             )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds, and none of them matters
         _log.warning("the stored index %s is damaged (%s); the shard's headers are read again", path, error)
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from vitfreeze.config import ConfigError
+from vitfreeze.files import read_json
 
 _RECIPE = "the recipe owns it"
 _LAYOUT = "it changes where a layer's values lie in ZeRO's flat buffers, on which dropping a layer relies"
@@ -98,11 +98,9 @@ def _load(ds_config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], st
     if isinstance(ds_config, Mapping):
         return dict(ds_config), "the given DeepSpeed configuration"
     try:
-        content = json.loads(Path(ds_config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"DeepSpeed configuration {ds_config} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"DeepSpeed configuration {ds_config} is not JSON: {error}") from error
+        content = read_json(Path(ds_config))
+    except ValueError as error:
+        raise ConfigError(f"DeepSpeed configuration {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"DeepSpeed configuration {ds_config} holds a {type(content).__name__}, not an object")
     return content, str(ds_config)

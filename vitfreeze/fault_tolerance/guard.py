@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -54,7 +55,8 @@ class RunGuard:
         keep_until: int | None = None,
     ) -> None:
         self.config, self.engine, self.reporter = config, engine, reporter
-        self.saves, self.total_steps = saves, total_steps
+        self.directory, self.saves, self.total_steps = directory, saves, total_steps
+        self._has_waited = self._was_refused = False
         self._save_state = save_state
         self.writer = CheckpointWriter(
             directory, keep=config.checkpoint.keep, keep_until=keep_until, ranks=engine.ranks
@@ -116,7 +118,10 @@ class RunGuard:
 
     def _ask_for(self, done: int) -> None:
         """Begin to ask all ranks what to do when `done` steps have been taken; the answer travels beside the next."""
-        self._ask(stop=bool(self.signals.received), save=self.saves.is_due(done) and not self.writer.is_busy)
+        self._ask(
+            stop=bool(self.signals.received),
+            save=self.saves.is_due(done) and (self.saves.waits or not self.writer.is_busy),
+        )
 
     def _ask(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> None:
         """Begin to tell all ranks what this one wants and found."""
@@ -155,9 +160,15 @@ class RunGuard:
         raise RunFailedError(f"{message}; the newest checkpoint is from before")
 
     def _save(self, done: int, *, wait: bool) -> None:
+        began, was_busy = time.monotonic(), self.writer.is_busy
         self._log_save(self.writer.finish())
+        if was_busy:
+            self._warn_of_slow_saves(done, seconds=time.monotonic() - began)
         if self.saves.last_saved == done:  # at the last step, or when a request to stop follows a save
             return
+        if wait and self.engine.rank == 0 and not self.directory.is_dir():
+            logger.warning("the run folder %s is gone; it is made anew for the last state of this job", self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._save_state(self.writer, done)
         self.saves.note_start(done)
         if not wait:
@@ -170,15 +181,26 @@ class RunGuard:
                 f"goes on from step {self.saves.last_saved}"
             )
 
+    def _warn_of_slow_saves(self, done: int, *, seconds: float) -> None:
+        """Say, once, that training waits for the disk."""
+        if seconds > 1 and not self._has_waited:
+            self._has_waited = True
+            logger.warning(
+                "step %d waited %.1f s for the save before it: checkpoint.every=%s is shorter than a save takes",
+                done, seconds, self.config.checkpoint.every,
+            )  # fmt: skip
+
     def _log_save(self, report: SaveReport | None) -> None:
         if report is None:
             return
+        was_refused, self._was_refused = self._was_refused, bool(report.error)
         self.saves.note_end(report)
         figures: dict[str, Any] = {"seconds": report.seconds, "stall_seconds": report.stall_seconds}
         if report.path is None:
-            logger.warning(
-                "step %d could not be saved (%s); the run goes on and tries again", report.step, report.error
-            )
+            if not was_refused:
+                logger.warning(
+                    "step %d could not be saved (%s); the run goes on and tries again", report.step, report.error
+                )
             self.reporter.log_event("save_failed", report.step, error=report.error, **figures)
             return
         message = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitfreeze.config import ConfigError
+from vitfreeze.files import read_json
 from vitfreeze.planner.costs import EncoderCosts
 
 
@@ -55,10 +55,10 @@ def read_step_times(path: Path) -> StepTimes:
         ConfigError: the file cannot be read, or lacks the steps before anything is frozen or the images per step.
     """
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         step_ms = {int(row["frozen_layers"]): float(row["step_ms"]) for row in content["rows"]}
         images = int(content["micro_batch"]) * int(content.get("accumulation", 1))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path} does not hold what `vitfreeze bench step --json` prints: {error!r}") from None
     if 0 not in step_ms or len(step_ms) < 2 or min(step_ms.values()) <= 0 or images < 1:
         raise ConfigError(

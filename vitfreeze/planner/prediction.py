@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vitfreeze.config import Config, ConfigError, check_task_is_clear, derive_accumulation, find_ds_config
 from vitfreeze.curriculum import ImageStage, plain_stage
+from vitfreeze.files import read_json
 from vitfreeze.planner.authors import describe_authors
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
@@ -196,8 +196,11 @@ def read_machine(config: Config, *, world_size: int) -> Machine:
         raise ConfigError(f"the number of ranks is {world_size}, but it must be at least 1")
     path = find_ds_config(config.run.ds_config or DEFAULT_DS_CONFIG)
     try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        content = read_json(path)
+        parts = {key: content.get(key, {}) for key in ("zero_optimization", "fp16", "bf16", "data_types")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError(f"in {path}, {', '.join(parts)} must be objects")
+    except (ValueError, AttributeError) as error:
         raise config.error("run.ds_config", f"a readable JSON file; {path} is not: {error}") from None
     stage = content.get("zero_optimization", {}).get("stage")
     if stage not in (0, 1, 2):

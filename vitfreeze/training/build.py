@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine, best_ds_config, read_settings
+from vitfreeze.files import read_json
 from vitfreeze.model import Classifier, LocalMIM
 from vitfreeze.ranks import LaunchEnvironment, Ranks
 from vitfreeze.rendezvous import Rendezvous, join_timeout, run_facts
@@ -98,4 +98,4 @@ def build_engine(
 def read_ds_config(config: Config, device: torch.device) -> Path | dict[str, Any]:
     """Return the DeepSpeed JSON; its content, with the recipe's clipping, if the recipe clips."""
     path, clip_grad = find_ds_config(config.run.ds_config or best_ds_config(device)), config.finetune.clip_grad
-    return path if clip_grad is None else {**json.loads(path.read_text()), "gradient_clipping": clip_grad}
+    return path if clip_grad is None else {**read_json(path), "gradient_clipping": clip_grad}

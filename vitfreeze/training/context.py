@@ -21,7 +21,7 @@ from vitfreeze.training.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The parts that the loop works with."""
+    """The parts that the loop works with; `steps_per_epoch` is what the settings mean by an epoch."""
 
     task: Task
     config: Config
@@ -32,12 +32,13 @@ class Run:
     reporter: Reporter
     meter: Meter
     state: RunState
+    steps_per_epoch: int
     wait_watch: WaitWatch = field(default_factory=WaitWatch)
 
     def is_due(self, every: Duration, done: int) -> bool:
         """Tell whether something is due that is done `every` so often, and at the end; 0 is never."""
         total_steps = self.schedule.total_steps
-        steps = every.to_steps(steps_per_epoch=self.loader.steps_per_epoch, total_steps=total_steps)
+        steps = every.to_steps(steps_per_epoch=self.steps_per_epoch, total_steps=total_steps)
         return every.value > 0 and (done % max(steps, 1) == 0 or done == total_steps)
 
     def _measure_use(self, images_per_second: float, now: ScheduledStep) -> dict[str, float]:
@@ -68,7 +69,7 @@ class Run:
         self._warn_of_waiting(figures, done)
         self.reporter.log_metrics(
             done,
-            epoch=done / self.loader.steps_per_epoch,
+            epoch=done / self.steps_per_epoch,
             **figures,
             **({"eval": worth} if worth else {}),
             **self._measure_use(figures["images_per_second"], now),

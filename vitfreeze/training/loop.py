@@ -24,7 +24,7 @@ from vitfreeze.schedule import ScheduledStep, build_schedule
 from vitfreeze.text import format_bytes
 from vitfreeze.training.build import build_engine, open_training
 from vitfreeze.training.context import Run
-from vitfreeze.training.start import RunFolder, Start, choose_start
+from vitfreeze.training.start import RunFolder, Start, TrainingData, choose_start
 from vitfreeze.training.state import RunState, read_adaptive_checks
 from vitfreeze.training.task import Task
 
@@ -43,8 +43,11 @@ def run_task(task: Task, *, fresh: bool) -> int:
         config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
     build_schedule(config, steps_per_epoch=loader.steps_per_epoch)  # refuses what cannot be, before anything is made
+    data = TrainingData(
+        names=loader.shards.names, lengths=loader.lengths, steps_per_epoch=loader.steps_per_epoch
+    )  # fmt: skip
     with RunFolder(directory, ranks=ranks):
-        start = choose_start(config, directory, fresh=fresh, ranks=ranks, steps_per_epoch=loader.steps_per_epoch)
+        start = choose_start(config, directory, fresh=fresh, ranks=ranks, data=data)
         run = prepare(task, loader, ranks, directory=directory, start=start)
         try:
             finished = train(run, start_step=start.step)
@@ -66,11 +69,11 @@ def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, s
     checks = read_adaptive_checks(checkpoint)
     frozen_layers = checkpoint.frozen_layers if checkpoint else 0  # no schedule freezes before its first step
     schedule = build_schedule(
-        config, steps_per_epoch=loader.steps_per_epoch, events=checks, least_frozen=frozen_layers
+        config, steps_per_epoch=start.memory.steps_per_epoch, events=checks, least_frozen=frozen_layers
     )  # fmt: skip
     model = task.build_model(is_new=checkpoint is None)
     engine = build_engine(config, ranks, frozen_layers=frozen_layers, model=model)
-    state = RunState(config=config, engine=engine, schedule=schedule, meter=meter, resumed_from=start.resumed_from)
+    state = RunState(config=config, engine=engine, schedule=schedule, meter=meter, memory=start.memory)
     if checkpoint:
         state.load(checkpoint)
     reporter = Reporter(
@@ -80,7 +83,7 @@ def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, s
     start.report(reporter)
     return Run(
         task=task, config=config, directory=directory, loader=loader, schedule=schedule, engine=engine,
-        reporter=reporter, meter=meter, state=state,
+        reporter=reporter, meter=meter, state=state, steps_per_epoch=start.memory.steps_per_epoch,
     )  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def train(run: Run, *, start_step: int) -> bool:
     """Take every step from `start_step` to the end of the run; return whether it got there, not asked to stop."""
     config, schedule, engine, total_steps = run.config, run.schedule, run.engine, run.schedule.total_steps
     saves = SaveSchedule(
-        config.checkpoint.every, start_step=start_step, steps_per_epoch=run.loader.steps_per_epoch,
+        config.checkpoint.every, start_step=start_step, steps_per_epoch=run.steps_per_epoch,
         total_steps=total_steps,
     )  # fmt: skip
     guard = RunGuard(

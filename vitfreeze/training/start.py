@@ -6,8 +6,8 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,16 +24,32 @@ from vitfreeze.config import (
     dump_config,
     load_run_config,
 )
-from vitfreeze.files import replace_durably
+from vitfreeze.data import ShardError, ShardIdentity, describe_difference, identify_shards
+from vitfreeze.files import read_json_lines, replace_durably
 from vitfreeze.ranks import Ranks
 from vitfreeze.rendezvous import software_versions
 from vitfreeze.report import Reporter
-from vitfreeze.training.state import read_resumed_from
+from vitfreeze.training.state import RunMemory
 
 logger = logging.getLogger("vitfreeze")
 
 _LOCK = ".lock"
 _HARMLESS_SUFFIXES = (".log", ".out", ".err")  # what a scheduler may have put there before the run began
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The shards that a run is started with.
+
+    Attributes:
+        names: path or URL of each.
+        lengths: samples of each.
+        steps_per_epoch: steps that show all of them once.
+    """
+
+    names: Sequence[str]
+    lengths: Sequence[int]
+    steps_per_epoch: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +59,14 @@ class Start:
     Attributes:
         checkpoint: what to go on from; None for a new run.
         reason: one sentence for the log.
-        resumed_from: `resume.from` of the run, which its checkpoints remember.
+        memory: what the run's checkpoints are to remember of its start.
+        other_data: how the shards differ from those of the checkpoint, if that was allowed.
     """
 
     checkpoint: Checkpoint | None
     reason: str
-    resumed_from: str = ""
+    memory: RunMemory
+    other_data: str = ""
 
     @property
     def step(self) -> int:
@@ -67,6 +85,12 @@ class Start:
             "resume", self.step, message=self.reason, path=str(checkpoint.path), world_size=checkpoint.world_size,
             versions=checkpoint.manifest["versions"], frozen_layers=checkpoint.frozen_layers,
         )  # fmt: skip
+        if self.other_data:
+            message = (
+                f"going on with other training shards ({self.other_data}), as resume.other_data says; length, rates "
+                f"and freezing stay at their steps, {self.memory.steps_per_epoch} to an epoch"
+            )
+            reporter.log_event("other_data", self.step, message=message, difference=self.other_data)
 
 
 class RunFolder:
@@ -135,7 +159,7 @@ def begin_cooldown(config: Config, source: str) -> Config:
     return changed
 
 
-def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks, steps_per_epoch: int) -> Start:
+def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks, data: TrainingData) -> Start:
     """Decide on rank 0 where the run begins, tell the other ranks, and write config.yaml. All ranks call it.
 
     The cases, in this order:
@@ -146,24 +170,28 @@ def choose_start(config: Config, directory: Path, *, fresh: bool, ranks: Ranks, 
        wsd, run.length and optim.cooldown may, if the run becomes longer and its cooldown has not begun.
     4. `resume.from` names a checkpoint that this run has not begun from yet: from there.
     5. The run has checkpoints: from the newest whole one; when all are damaged, refused.
-    6. The folder is empty, or holds a run that never saved: from step 0.
+    6. The folder holds the logs of a run that has saved, and no checkpoint any more: refused.
+    7. The folder is empty, or holds a run that never saved: from step 0.
+
+    In cases 4 and 5 the training shards must be those of the checkpoint, unless `resume.other_data` allows others. An
+    epoch of the settings then stays as many steps as it was when the run began.
 
     Raises:
-        ConfigError: cases 1 to 3, or `resume.from` names no checkpoint, or that of another run.
+        ConfigError: cases 1 to 3 and 6, or `resume.from` names no checkpoint or another run's, or the data are others.
         CheckpointError: every checkpoint there is damaged.
+        ShardError: a shard cannot be read.
     """
-    answer = _on_rank_0(
-        lambda: _decide(config, directory, fresh=fresh, steps_per_epoch=steps_per_epoch), ranks=ranks
-    )  # fmt: skip
+    answer = _on_rank_0(lambda: _decide(config, directory, fresh=fresh, data=data), ranks=ranks)
     checkpoint = None
     if answer["path"]:
         # Rank 0 has compared every byte with the manifest; the others read the manifest only.
         checkpoint = folder.open_checkpoint(Path(answer["path"]), verify=False)
         checkpoint = replace(checkpoint, rejected=tuple((where, why) for where, why in answer["rejected"]))
-    return Start(checkpoint=checkpoint, reason=answer["reason"], resumed_from=answer["resumed_from"])
+    memory = RunMemory(**answer["memory"])
+    return Start(checkpoint=checkpoint, reason=answer["reason"], memory=memory, other_data=answer["other_data"])
 
 
-def _decide(config: Config, directory: Path, *, fresh: bool, steps_per_epoch: int) -> dict[str, Any]:
+def _decide(config: Config, directory: Path, *, fresh: bool, data: TrainingData) -> dict[str, Any]:
     _refuse_foreign_folder(directory, config)
     holds_run = _holds_run(directory)
     if holds_run and fresh:
@@ -175,17 +203,22 @@ def _decide(config: Config, directory: Path, *, fresh: bool, steps_per_epoch: in
     step = own.step if own else 0
     for holder in (directory, own.path if own else directory):
         if (holder / folder.CONFIG).is_file():
-            _refuse_other_settings(config, holder / folder.CONFIG, step=step, steps_per_epoch=steps_per_epoch)
-    begun_from = read_resumed_from(own)
+            _refuse_other_settings(
+                config, holder / folder.CONFIG, step=step, steps_per_epoch=_steps_per_epoch(own, data)
+            )
+    begun_from = RunMemory.read(own).resumed_from
     wanted = str(Path(config.resume.from_).resolve()) if config.resume.from_ else ""
     if wanted and wanted != begun_from:
-        chosen = _open_wanted(config, wanted, steps_per_epoch=steps_per_epoch)
+        chosen = _open_wanted(config, wanted, data=data)
         reason = f"going on from {wanted}, as resume.from says"
         begun_from = wanted
     elif own:
         chosen, reason = own, f"going on from {own.path} at step {own.step}"
     else:
+        _refuse_lost_checkpoints(directory)
         chosen, reason = None, f"a new run in {directory}"
+    shards = identify_shards(data.names, data.lengths)
+    other_data = _compare_data(config, chosen, shards)
     if own and own.path.parent == directory / folder.FOLDER_NAME:
         # The pointer may be gone, or name what is set aside now.
         folder.write_pointer(own.path.parent, own.path.name)
@@ -193,7 +226,48 @@ def _decide(config: Config, directory: Path, *, fresh: bool, steps_per_epoch: in
         folder.set_aside(Path(damaged))
     replace_durably(directory / folder.CONFIG, dump_config(config).encode())
     path, rejected = (str(chosen.path), chosen.rejected) if chosen else ("", ())
-    return {"path": path, "rejected": rejected, "reason": reason, "resumed_from": begun_from}
+    memory = RunMemory(resumed_from=begun_from, steps_per_epoch=_steps_per_epoch(chosen, data), shards=shards)
+    return {
+        "path": path, "rejected": rejected, "reason": reason, "memory": asdict(memory), "other_data": other_data
+    }  # fmt: skip
+
+
+def _steps_per_epoch(checkpoint: Checkpoint | None, data: TrainingData) -> int:
+    """Return how many steps the settings of the run mean by an epoch: what its first data made of it."""
+    return RunMemory.read(checkpoint).steps_per_epoch or data.steps_per_epoch
+
+
+def _compare_data(config: Config, checkpoint: Checkpoint | None, shards: Sequence[ShardIdentity]) -> str:
+    """Return how the shards differ from the checkpoint's, if other ones are allowed; raises ConfigError if not."""
+    before = RunMemory.read(checkpoint).shards
+    if checkpoint is None:
+        return ""
+    if not before:
+        logger.warning("%s does not say which shards it was trained on: those of now are taken", checkpoint.path)
+        return ""
+    difference = describe_difference(before, shards)
+    if difference and config.resume.other_data == "refuse":
+        steps = RunMemory.read(checkpoint).steps_per_epoch
+        raise config.error(
+            "data.train",
+            f"the shards that {checkpoint.path} was trained on, and these are others ({difference}); "
+            "resume.other_data=keep_steps goes on with them, while length, rates and freezing stay at the steps that "
+            f"they had, {steps} to an epoch",
+        )
+    return difference
+
+
+def _refuse_lost_checkpoints(directory: Path) -> None:
+    """Refuse to begin anew, and so to cut the logs of a run that has saved something; raises ConfigError."""
+    metrics, events = (directory / name for name in ("metrics.jsonl", "events.jsonl"))
+    saved = [event["step"] for event in read_json_lines(events) if event.get("event") == "save"]
+    if not saved and (events.is_file() or not read_json_lines(metrics)):
+        return
+    told = f"saved step {saved[-1]}" if saved else "took steps, and its events.jsonl is gone"
+    raise ConfigError(
+        f"{directory} holds the logs of a run that {told}, and no checkpoint any more: put its checkpoints back, or "
+        f"move the folder away (mv {directory} {directory}.old), or give another run.dir"
+    )
 
 
 def _holds_run(directory: Path) -> bool:
@@ -231,15 +305,16 @@ def _refuse_other_settings(
         )
 
 
-def _open_wanted(config: Config, wanted: str, *, steps_per_epoch: int) -> Checkpoint:
+def _open_wanted(config: Config, wanted: str, *, data: TrainingData) -> Checkpoint:
     try:
         found = find_checkpoint(wanted)
     except CheckpointError as error:
         raise config.error("resume.from", f"a whole checkpoint or run folder, and {error}") from None
     if found is None:
         raise config.error("resume.from", "a checkpoint, or a run folder that holds one")
+    steps = _steps_per_epoch(found, data)
     _refuse_other_settings(
-        config, found.path / folder.CONFIG, step=found.step, steps_per_epoch=steps_per_epoch, may_cool=True
+        config, found.path / folder.CONFIG, step=found.step, steps_per_epoch=steps, may_cool=True
     )  # fmt: skip
     return found
 
@@ -253,4 +328,4 @@ def _on_rank_0(function: Callable[[], Any], *, ranks: Ranks) -> Any:
         except OSError as error:
             raise ConfigError(f"run.dir cannot be used: {error}") from error
 
-    return ranks.from_rank_0(call, errors=(ConfigError, CheckpointError))
+    return ranks.from_rank_0(call, errors=(ConfigError, CheckpointError, ShardError))

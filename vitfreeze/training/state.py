@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,30 @@ from vitfreeze.engine import FreezingEngine
 from vitfreeze.report import Meter
 from vitfreeze.schedule import RunSchedule
 
-_RESUMED_FROM, _ADAPTIVE_CHECKS = "resumed_from", "adaptive_checks"
+_ADAPTIVE_CHECKS = "adaptive_checks"
 _METER, _CHANGE = "meter/", "change/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMemory:
+    """What a run remembers of its start.
+
+    Attributes:
+        resumed_from: `resume.from` of the run, so that a run that is started again by the same command goes on from
+            its own newest checkpoint; empty if it began by itself.
+        steps_per_epoch: what an epoch of the settings is, whatever data came later; 0 in checkpoints of older versions.
+        shards: the training shards as `identify_shards` has them; none in checkpoints of older versions.
+    """
+
+    resumed_from: str = ""
+    steps_per_epoch: int = 0
+    shards: Sequence[Sequence[Any]] = ()
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint | None) -> RunMemory:
+        """Return what a checkpoint remembers; nothing without one."""
+        known = checkpoint.extra if checkpoint else {}
+        return cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
 
 
 class RunState:
@@ -24,18 +47,17 @@ class RunState:
     meter: sums of losses that are not logged yet; each rank has its own, so they come back on as many ranks only.
     engine's last reading of how much the layers change, for adaptive freezing: as the meter.
     schedule: the checks of adaptive freezing; `read_adaptive_checks` returns them before there is a schedule.
-    resumed_from: `resume.from` of the run, so that a run that is started again by the same command goes on from its
-        own newest checkpoint; `read_resumed_from` returns it.
+    memory: of the start of the run; `RunMemory.read` returns it.
     """
 
     def __init__(
-        self, *, config: Config, engine: FreezingEngine, schedule: RunSchedule, meter: Meter, resumed_from: str
+        self, *, config: Config, engine: FreezingEngine, schedule: RunSchedule, meter: Meter, memory: RunMemory
     ) -> None:
         self._config = config
         self._engine = engine
         self._schedule = schedule
         self._meter = meter
-        self._resumed_from = resumed_from
+        self._memory = memory
 
     def save(self, writer: CheckpointWriter, done: int) -> None:
         """Begin to write everything, when `done` steps have been taken. All ranks call it."""
@@ -45,7 +67,7 @@ class RunState:
             done,
             engine=self._engine,
             config=self._config,
-            extra={_RESUMED_FROM: self._resumed_from, _ADAPTIVE_CHECKS: [check.to_event() for check in checks]},
+            extra={**asdict(self._memory), _ADAPTIVE_CHECKS: [check.to_event() for check in checks]},
             local={prefix + name: value for prefix, state in parts.items() for name, value in state.items()},
         )
 
@@ -63,11 +85,6 @@ class RunState:
 def read_adaptive_checks(checkpoint: Checkpoint | None) -> tuple[Mapping[str, Any], ...]:
     """Return the checks of adaptive freezing that the run had made; none for a new run."""
     return tuple(checkpoint.extra.get(_ADAPTIVE_CHECKS, ())) if checkpoint else ()
-
-
-def read_resumed_from(checkpoint: Checkpoint | None) -> str:
-    """Return the `resume.from` that the run began with; empty if it began by itself."""
-    return str(checkpoint.extra.get(_RESUMED_FROM, "")) if checkpoint else ""
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
