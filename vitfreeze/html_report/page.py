@@ -129,7 +129,8 @@ def _summarize(run: RunRecord) -> list[str]:
     measured = f"{comparison.measured_saving:.1%}" if comparison else "nothing logged before the first freeze"
     planned = f"{comparison.predicted_saving:.1%}" if comparison else f"{prediction.saving:.1%}"
     steps = f"{last['step']:,} of {prediction.total_steps:,}"
-    return [run.name, prediction.model, prediction.freezing, steps, "not finite" if last["loss"] is None else f"{last['loss']:.4f}", planned, measured]
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    return [run.name, prediction.model, prediction.freezing, steps, loss, planned, measured]
 
 
 def _tell_run(run: RunRecord) -> Iterator[str]:
