@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot")
 PANEL_HEIGHT = 210
+NAMED_CURVES = range(2, 7)  # of a panel: one is named by its title, and a dozen by what the mouse points at
 FEW_POINTS = 30  # of a curve: its points are marked
 
 
@@ -112,24 +114,36 @@ def draw_runs(runs: Sequence[RunRecord]) -> tuple[Figure, list[dict[str, list[fl
     figure = make_subplots(
         rows=len(panels), cols=1, shared_xaxes=True, subplot_titles=panels, vertical_spacing=0.28 / len(panels)
     )
+    sizes = Counter(curve.panel for _, _, curve in drawn)
     named: set[str] = set()
     for run, number, curve in drawn:
         label = curve.name if len(runs) == 1 else run.name
+        is_named = label not in named and (len(runs) > 1 or sizes[curve.panel] in NAMED_CURVES)
         line = {"color": _colour(curve, number, drawn), "dash": DASHES[curve.dashed % len(DASHES)], "width": 1.6}
         figure.add_trace(
             Scatter(
                 x=list(curve.places["step"]), y=list(curve.values), name=label, legendgroup=label,
                 line={**line, **curve.style}, mode="lines+markers" if len(curve.values) < FEW_POINTS else "lines",
-                marker={"size": 4}, showlegend=len(runs) > 1 and label not in named,
+                marker={"size": 4}, showlegend=is_named, legend=_legend(panels.index(curve.panel), runs),
                 hovertemplate=f"{run.name}, {curve.name}: %{{y:.4g}}<extra></extra>",
             ),
             row=panels.index(curve.panel) + 1, col=1,
         )  # fmt: skip
-        named.add(label)
+        named.add(label if len(runs) > 1 else "")
     figure.update_xaxes(title_text=AXES["step"], row=len(panels), col=1)
     figure.update_yaxes(rangemode="tozero")
+    if len(runs) == 1:
+        for row in range(len(panels)):
+            top = figure.get_subplot(row + 1, 1).yaxis.domain[1]
+            legend = {"y": top, "yanchor": "top", "font": {"size": 10}, "tracegroupgap": 0}
+            figure.update_layout({_legend(row, runs): legend})
     figure.update_layout(height=PANEL_HEIGHT * len(panels) + 80, hovermode="x unified")
     return figure, [{axis: list(curve.places[axis]) for axis in AXES} for _, _, curve in drawn]
+
+
+def _legend(row: int, runs: Sequence[RunRecord]) -> str:
+    """Return which legend names a curve: one for all where runs are compared, else one beside each panel."""
+    return "legend" if len(runs) > 1 or row == 0 else f"legend{row + 1}"
 
 
 def _colour(curve: Curve, number: int, drawn: Sequence[tuple[RunRecord, int, Curve]]) -> str:

@@ -37,7 +37,7 @@ function paint() {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
   for (const plot of document.querySelectorAll(".js-plotly-plot")) {
-    const change = {"font.color": ink, "legend.font.color": ink};
+    const change = {"font.color": ink};
     for (const key of Object.keys(plot.layout)) {
       if (/^[xy]axis[0-9]*$/.test(key)) {
         for (const part of ["gridcolor", "linecolor", "zerolinecolor"]) change[key + "." + part] = line;
