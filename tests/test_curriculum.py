@@ -94,6 +94,10 @@ def test_the_plan_says_what_every_stage_asks_of_gpu_and_host() -> None:
     small, large = planned.stages
     assert (small.micro_batch, small.accumulation) == (512, 2)  # a third of the activations leaves room for twice
     assert (large.micro_batch, large.accumulation) == (256, 4)
+    assert planned.communication_saving is not None
+    assert planned.communication_saving == pytest.approx((1 - (2 * 2 * 2 + 2) / (2 * 4 * 2 + 2)) / 2), (
+        "half of the run sums gradients twice, the plain run four times; weights are gathered once"
+    )
     for stage in planned.stages:
         assert stage.images_per_second == pytest.approx(100e12 / stage.flops_per_image)
     assert small.input_cores is not None

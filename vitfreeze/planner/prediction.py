@@ -286,7 +286,8 @@ class _Planner:
             flops_saving=_saved_share(stages, lambda stage: stage.flops_per_image, plain=plain),
             peak_memory_bytes=max(stage.memory_bytes for stage in stages),
             communication_saving=_saved_share(
-                stages, lambda s: s.communication_bytes_per_step, plain=stages[0].communication_bytes_per_step
+                stages, lambda s: s.communication_bytes_per_step,
+                plain=self.bytes_sent(self.reduced_bytes(self.costs.parameters, accumulation), self.costs.parameters),
             ) if spread else None,
             bandwidth_gigabytes=self.bandwidth_gigabytes, notes=self.notes(),
             authors=describe_authors(self.config) if images_per_epoch == IMAGENET_TRAIN_IMAGES else "",
@@ -302,8 +303,7 @@ class _Planner:
         trained = sum(groups)
         parts = machine.world_size if machine.zero_stage else 1
         state = sum(-(-count // parts) for count in groups) * machine.state_bytes_per_parameter
-        reductions = accumulation if machine.zero_stage == 2 else 1
-        gradients = trained * reductions * machine.gradient_bytes_per_parameter
+        gradients = self.reduced_bytes(trained, accumulation)
         sent = self.bytes_sent(gradients, trained)
         activations = micro * costs.activation_bytes(frozen, precision=machine.precision)
         kept = trained * machine.gradient_bytes_per_parameter // (parts if machine.zero_stage == 2 else 1)
@@ -321,6 +321,11 @@ class _Planner:
             relative_cost=cost, step_ms=step_ms, images_per_second=speed, input_cores=self.input_cores(speed, images),
             communication_ms=None if self.bandwidth_gigabytes is None else sent / self.bandwidth_gigabytes / 1e6,
         )  # fmt: skip
+
+    def reduced_bytes(self, trained: int, accumulation: int) -> int:
+        """Bytes of gradients that are summed over the ranks in a step; ZeRO stage 2 sums those of every micro-batch."""
+        reductions = accumulation if self.machine.zero_stage == 2 else 1
+        return trained * reductions * self.machine.gradient_bytes_per_parameter
 
     def bytes_sent(self, gradients: int, trained: int) -> float:
         """Bytes that a rank sends in a step: a ring all-reduce of gradients; under ZeRO an all-gather of weights."""

@@ -107,8 +107,9 @@ def _format_whole(plan: Plan) -> str:
     )
     cores = [stage.input_cores for stage in plan.stages if stage.input_cores is not None]
     if cores:
+        fewest = f"{min(cores):.1f} to " if len(cores) > 1 else ""
         lines.append(
-            f"Input: {min(cores):.1f} to {max(cores):.1f} CPU cores a GPU (an EPYC's, from JPEGs of 288 pixels; "
+            f"Input: {fewest}{max(cores):.1f} CPU cores a GPU (an EPYC's, from JPEGs of 288 pixels; "
             "`vitfreeze bench data` measures yours)"
         )
     lines.append(_format_communication(plan))
