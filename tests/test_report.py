@@ -99,6 +99,14 @@ def test_tensorboard_loses_no_point_at_a_kill_and_a_resume(tmp_path: Path) -> No
     assert [line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == list(range(1, 11))
 
 
+def test_tensorboard_loses_no_point_when_the_clock_is_set_back(tmp_path: Path) -> None:
+    log_steps(tmp_path, range(1, 6), start_step=0)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    path.rename(path.with_name("events.out.tfevents.4102444800.host.1.0"))  # in the year 2100
+    log_steps(tmp_path, range(4, 9), start_step=3)
+    assert points_of(tmp_path) == [(step, float(step)) for step in range(1, 9)]
+
+
 def test_tensorboard_shows_pictures(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, rank=0, start_step=0, total_steps=2)
     reporter.log_image("reconstruction", 2, torch.rand(3, 4, 6))

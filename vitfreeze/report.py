@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -130,8 +131,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # read in order of names
-        self._file = RecordFile(folder / name)
+        self._file = RecordFile(folder / f"{_next_board(folder)}.{socket.gethostname()}.{os.getpid()}")
         with suppress(OSError):  # `append` tells it
             folder.mkdir(parents=True, exist_ok=True)
         self._add(Event(file_version="brain.Event:2", step=start_step))
@@ -151,6 +151,12 @@ class Board:
             event.wall_time = time.time()
             RecordWriter(records).write(event.SerializeToString())
         self._file.append(records.getvalue())
+
+
+def _next_board(folder: Path) -> str:
+    """Return the start of a file name behind all others: files are read in the order of names, and clocks jump back."""
+    names = (re.match(r"events\.out\.tfevents\.(\d+(\.\d{6})?)\.", path.name) for path in folder.glob("events.*"))
+    return f"events.out.tfevents.{max([time.time(), *(float(name[1]) + 1 for name in names if name)]):017.6f}"
 
 
 class Reporter:
