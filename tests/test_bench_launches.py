@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +73,40 @@ def waits_of_samples() -> list[str]:
 
 def test_waits_are_seen() -> None:
     assert waits_of_samples() == ["3", "_local_scalar_dense", "_local_scalar_dense", "cpu", "tensor", "to", "tolist"]
+
+
+def waits_of_finetuning(folder: Path) -> dict[str, int]:
+    import torch
+
+    from vitfreeze.architecture import MODEL_SIZES
+    from vitfreeze.bench.launches import PhaseCount, _HostCopies, _Launches
+    from vitfreeze.data.finetuning import BatchMixing
+    from vitfreeze.fault_tolerance import LossGuard
+    from vitfreeze.model import Classifier
+    from vitfreeze.report import Meter
+    from vitfreeze.training.finetune import _seeded_drop_path
+
+    model = Classifier(size=MODEL_SIZES["vit_tiny_test"], img_size=32, num_classes=5, drop_path=0.1, average_decay=0.99)
+    mixing = BatchMixing(num_classes=5, mixup=0.8, cutmix=1.0, reprob=0.25)
+    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([1, 2, 3, 4])
+    guard = LossGuard(folder, rank=0, max_skipped_steps=3, forgives_skipped=False)
+    meter, phases = Meter(), [PhaseCount(), PhaseCount(), PhaseCount()]
+    for step, phase in enumerate(
+        phases
+    ):  # mixup and cutmix take turns; the first step lays out what later ones keep on the device
+        with _HostCopies(phase), _Launches(phase, PhaseCount()):
+            mixed, targets = mixing.apply(images, labels, step=step)
+            with _seeded_drop_path((0, step, 0, 0), device=torch.device("cpu")):
+                output = model(mixed, targets=targets)
+            output.loss.backward()
+            model.update_average()
+            meter.add_losses({"loss": output.loss})
+            guard.add(step, keys=["sample"], losses={"loss": output.loss})
+            guard.close_step(was_skipped=torch.zeros(()))
+    assert phases[1].launches > 100
+    return {**phases[1].waits, **phases[2].waits}
+
+
+def test_finetuning_makes_the_host_wait_for_nothing(tmp_path: Path) -> None:
+    """What a step of fine-tuning does beside the engine's, which is the same as in pre-training."""
+    assert waits_of_finetuning(tmp_path) == {}

@@ -122,7 +122,8 @@ class _HostCopies(TorchFunctionMode):
         kwargs = kwargs or {}
         to_device = func in (torch.tensor, torch.as_tensor) and "device" in kwargs
         to_host = func in (Tensor.cpu, Tensor.tolist, Tensor.numpy) or (
-            func is Tensor.to and "cpu" in map(str, args[1:2]) and not kwargs.get("non_blocking")
+            # a CPU asked for by name: a device that came in a variable is the accelerator where there is one
+            func is Tensor.to and "cpu" in args[1:2] and not kwargs.get("non_blocking")
         )
         if (to_device or to_host) and not _codes() & _CPU_ONLY:
             _add(self.phase.waits, f"{getattr(func, '__name__', func)} in {_find_caller()}")
