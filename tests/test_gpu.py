@@ -1,61 +1,64 @@
-"""What is known of GPUs, without one."""
+"""What only a GPU can show; each scenario is rehearsed on the CPU, so that it runs at once where there is one."""
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
+from processes import run_ranks
 
-from vitfreeze.gpu import check_build, is_built_for, peak_teraflops
+from vitfreeze.config import load_config
 
-CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
-CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-
-
-@pytest.mark.parametrize(
-    ("capability", "built_for", "runs"),
-    [
-        ((7, 0), CU126, True),
-        ((7, 0), CU130, False),  # the registry's builds have dropped the V100
-        ((8, 6), ("sm_80",), True),
-        ((8, 0), ("sm_86",), False),
-        ((9, 0), ("sm_90a",), True),
-        ((10, 3), ("sm_100a",), False),
-        ((12, 0), ("sm_90", "compute_90"), True),
-        ((7, 0), ("compute_75",), False),
-        ((8, 0), (), False),
-    ],
-)
-def test_which_build_runs_where(capability: tuple[int, int], built_for: tuple[str, ...], runs: bool) -> None:
-    assert is_built_for(capability, built_for) is runs
+NARROW = ("model.embed_dim=48", "model.num_heads=3", "model.decoder_embed_dim=32", "model.decoder_num_heads=2")
+FROZEN_LAYERS = (0, 6, 12)
 
 
-@pytest.fixture
-def v100(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """What torch says on a machine with a V100, and its build of CUDA 13."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(CU130))
-    return monkeypatch
+def steps_without_waiting(ds_config: str) -> list[float]:
+    """Take steps at several frozen lengths; on a GPU, whatever makes the host wait for it raises."""
+    from vitfreeze.bench.timing import start_engine
+
+    config = load_config("paper", (*NARROW, f"run.ds_config={ds_config}"))
+    config = replace(config, batch=replace(config.batch, global_size=2, micro_size=2))
+    engine, images = start_engine(config, rounds=1)
+    losses = []
+    for frozen_layers in FROZEN_LAYERS:
+        engine.freeze(frozen_layers, step=frozen_layers)
+        noise = torch.rand(len(images), engine.module.num_patches, device=images.device)
+        for is_watched in (False, True):  # the first step fills caches, which may wait
+            with waiting_refused() if is_watched else contextlib.nullcontext():
+                loss = engine(images, noise=noise).loss
+                engine.backward(loss)
+                engine.step()
+        losses.append(float(loss))
+    return losses
 
 
-def test_a_build_without_code_for_the_gpu_is_refused_with_the_one_that_has(v100: pytest.MonkeyPatch) -> None:
-    plain = torch.__version__.partition("+")[0]
-    with pytest.raises(
-        ValueError, match=rf"Tesla V100.*sm_70.*cannot run torch.*install torch {plain}\+cu126"
-    ) as error:
-        check_build(torch.device("cuda"))
-    assert "\n" not in str(error.value)
-    v100.setattr(torch.cuda, "get_arch_list", lambda: list(CU126))
-    check_build(torch.device("cuda"))
-    check_build(torch.device("cpu"))
+@contextlib.contextmanager
+def waiting_refused():  # type: ignore[no-untyped-def]
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("Tesla V100-SXM2-32GB", 125), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("GeForce", None)],
-)
-def test_peak_of_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_teraflops(torch.device("cuda"), precision="fp16") == peak
-    assert peak_teraflops(torch.device("cuda"), precision="fp32") is None
-    assert peak_teraflops(torch.device("cpu"), precision="bf16") is None
+@pytest.mark.distributed
+def test_rehearsal_on_the_cpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: pytest -m gpu runs the scenario itself")
+    (losses,) = run_ranks(steps_without_waiting, "zero1_bf16", world_size=1)
+    assert len(losses) == len(FROZEN_LAYERS)
+    assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: that a step never waits was NOT shown")
+@pytest.mark.parametrize("ds_config", ["zero1_bf16", "zero2_bf16"])  # fp16 reads its loss scale at every step
+def test_a_step_never_makes_the_host_wait(ds_config: str) -> None:
+    (losses,) = run_ranks(steps_without_waiting, ds_config, world_size=1)
+    assert all(0 < loss < 10 for loss in losses)
