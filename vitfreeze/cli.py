@@ -9,35 +9,55 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vitfreeze import __version__
-from vitfreeze.text import format_table
+from vitfreeze.terminal import set_up_logging, wants_colour
+from vitfreeze.text import find_nearest, format_table
+from vitfreeze.threads import limit_threads
 
 if TYPE_CHECKING:
     from vitfreeze.config import Config
     from vitfreeze.evaluate import EvaluationData
 
 EXIT_BAD_INPUT = 2
+EXAMPLES = {
+    "pretrain": "paper data.train=shards/imagenet run.dir=runs/paper",
+    "finetune": "finetune_b_100ep model.init_from=runs/paper data.train=shards/imagenet data.val=shards/imagenet",
+    "knn": "runs/paper --k 10 20",
+    "linear": "runs/paper --all-blocks",
+    "export": "runs/paper --to timm",
+    "features": "runs/paper my_photos -o features.npz --what mean grid",
+    "show": "runs/paper photo.jpg --out show.png",
+    "config": "paper freeze.t_0=0.9",
+    "plan": "paper --nodes 4 --gpus 8",
+    "plot": "runs/paper",
+    "report": "runs/paper runs/off -o report.html",
+    "doctor": "paper data.train=shards/imagenet",
+    "bench": "step paper batch.global_size=8",
+    "data": "shards/imagenet --workers 4",
+    "step": "paper batch.global_size=8 --json",
+    "freeze": "paper batch.global_size=8",
+    "launches": "paper batch.global_size=8",
+    "scaling": "paper batch.global_size=8",
+}
+SHOWN_EXAMPLES = ("pretrain", "plan", "knn")
 Handler = Callable[[argparse.Namespace], int]
 # The type that add_subparsers returns has no public name.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand and exit: 0 done, 1 failed, 2 bad input, 75 stopped on request with everything saved."""
     parsed = parse_arguments(arguments)
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Users can do nothing about collectives that torch is about to rename, nor about CUDA's compiler without a GPU.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    builder = logging.getLogger("torch.utils.cpp_extension")
-    builder.addFilter(lambda record: not str(record.msg).startswith("No CUDA runtime is found"))
+    set_up_logging(parsed.verbosity)
+    limit_threads()
     handler: Handler = parsed.handler
     try:
         status = handler(parsed)
@@ -55,9 +75,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Meets a misspelt command with the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found:
+            nearest = find_nearest(found[1], re.findall(r"[\w-]+", found[2]))
+            message += f"; did you mean {nearest}?" if nearest else ""
+        super().error(message)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides of a recipe may also stand behind options."""
     parser = build_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        parser.exit()
     parsed, rest = parser.parse_known_args(arguments)
     overrides = [argument for argument in rest if not argument.startswith("-") and "=" in argument]
     strange = [argument for argument in rest if argument not in overrides]
@@ -70,7 +104,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every subcommand."""
-    parser = argparse.ArgumentParser(prog="vitfreeze", description="Pre-train Vision Transformers faster.")
+    parser = _Parser(
+        prog="vitfreeze", description="Pre-train Vision Transformers faster.",
+        epilog="\n  vitfreeze ".join(["examples:", *(f"{name} {EXAMPLES[name]}" for name in SHOWN_EXAMPLES)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"vitfreeze {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors in the input")
     # DeepSpeed's launcher passes this to its programs; the LOCAL_RANK variable says the same.
@@ -93,8 +131,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_command(commands: Commands, name: str, handler: Handler, *, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help)
+    parser = commands.add_parser(name, help=help, description=help)
+    parser.epilog = f"example: {parser.prog} {EXAMPLES[name]}"
     parser.set_defaults(handler=handler)
+    amount = parser.add_mutually_exclusive_group()
+    for flags, const, words in (
+        (("-q", "--quiet"), -1, "warnings and errors only"),
+        (("-v", "--verbose"), 1, "other packages' messages too"),
+    ):
+        amount.add_argument(*flags, dest="verbosity", action="store_const", const=const, default=0, help=words)
     return parser
 
 
@@ -422,12 +467,14 @@ def _doctor(parsed: argparse.Namespace) -> int:
         timeout=timedelta(seconds=parsed.timeout),
     )
     if _is_first_rank():
-        print(format_findings(findings, colour=sys.stdout.isatty()))
+        print(format_findings(findings, colour=wants_colour()))
     return 1 if any(finding.fit is False for finding in findings.values()) else 0
 
 
 def _add_bench(commands: Commands) -> None:
-    parser = commands.add_parser("bench", help="measure a part of a run on this machine")
+    words = "measure a part of a run on this machine"
+    parser = commands.add_parser("bench", help=words, description=words)
+    parser.epilog = f"example: {parser.prog} {EXAMPLES['bench']}"
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
     _add_bench_of_engine(parts, "step", _bench_step, help="time and memory of a recipe's step as more layers freeze")

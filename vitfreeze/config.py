@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize, cell_sizes, tap_blocks
+from vitfreeze.files import suggest_path
+from vitfreeze.text import find_nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -557,12 +559,16 @@ def find_recipe(recipe: str | Path) -> Path:
     """Return the path of a recipe given by path or by name; raises ConfigError listing the names there are."""
     if Path(recipe).suffix in (".yaml", ".yml"):
         if not Path(recipe).is_file():
-            raise ConfigError(f"there is no recipe file {str(recipe)!r}")
+            raise ConfigError(f"there is no recipe file {str(recipe)!r}{suggest_path(Path(recipe))}")
         return Path(recipe)
     path = RECIPE_FOLDER / f"{recipe}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in RECIPE_FOLDER.glob("*.yaml"))
-        raise ConfigError(f"there is no recipe {str(recipe)!r}; there are {', '.join(names)}, or give a .yaml file")
+        nearest = find_nearest(str(recipe), names)
+        meant = f" (did you mean {nearest}?)" if nearest else ""
+        raise ConfigError(
+            f"there is no recipe {str(recipe)!r}{meant}; there are {', '.join(names)}, or give a .yaml file"
+        )
     return path
 
 
@@ -575,8 +581,11 @@ def find_ds_config(name: str) -> Path:
     folder = find_ds_config_folder()
     path = Path(name) if name.endswith(".json") else folder / f"{name}.json"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or f"none in {folder}"
-        raise ConfigError(f"run.ds_config is {name!r}; allowed: a .json file that exists, or one of {names}")
+        known = sorted(p.stem for p in folder.glob("*.json"))
+        nearest = find_nearest(name, known)
+        meant = suggest_path(path) if name.endswith(".json") else f"; did you mean {nearest}?" if nearest else ""
+        names = ", ".join(known) or f"none in {folder}"
+        raise ConfigError(f"run.ds_config is {name!r}; allowed: a .json file that exists, or one of {names}{meant}")
     return path
 
 

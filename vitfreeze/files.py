@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vitfreeze.text import find_nearest
+
 logger = logging.getLogger("vitfreeze")
 MOST_JSON_BYTES = 64 << 20
 
@@ -27,6 +29,16 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def suggest_path(path: Path) -> str:
+    """Return the end of a sentence about a path that is not there: its neighbour with the nearest name, if any."""
+    try:
+        there = [item.name for item in path.parent.iterdir()]
+    except OSError:
+        return ""
+    nearest = find_nearest(path.name, there)
+    return f"; did you mean {str(path.with_name(nearest))!r}?" if nearest else ""
 
 
 def write_durably(path: Path, data: bytes) -> None:

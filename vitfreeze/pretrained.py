@@ -21,6 +21,7 @@ from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
 from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
 from vitfreeze.config import Colours, Config
 from vitfreeze.data.normalization import IMAGENET
+from vitfreeze.files import suggest_path
 from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
 
 TIMM_PREFIX = "timm:"
@@ -96,7 +97,7 @@ def read_pretrained(location: str | Path) -> Pretrained:
     if path.is_dir():
         return _read_run(path)
     if not path.exists():
-        raise ValueError(f"there is no run folder or file of weights {text!r}")
+        raise ValueError(f"there is no run folder or file of weights {text!r}{suggest_path(path)}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -206,7 +207,8 @@ def _read_torch(path: Path) -> Pretrained:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        found = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        reason = found[1] if found else "its pickle does more than that"  # torch's own words advise to trust it
         raise ValueError(
             f"{path} holds objects that are not read from untrusted files, only tensors, plain containers and "
             f"argparse.Namespace are: {reason}"

@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from vitfreeze.files import LineFile, RecordFile, trim_json_lines
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
+
+LINE_SECONDS = 30  # between lines of progress where there is no terminal to draw a bar on
 
 
 class Meter:
@@ -179,11 +181,14 @@ class Reporter:
         )
         self._metrics, self._events = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "events.jsonl")
         self._board = Board(run_dir / "tensorboard", start_step=start_step)
-        self._redirect = logging_redirect_tqdm([logging.getLogger()])
+        self._total_steps, self._told = total_steps, 0.0
+        self._has_terminal = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
+        speaks = logger if logger.handlers else logging.getLogger()
+        self._redirect = logging_redirect_tqdm([speaks]) if self._has_terminal else nullcontext()
         self._redirect.__enter__()
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", desc=description, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            mininterval=0.5, disable=not self._has_terminal,
         )  # fmt: skip
 
     def advance(self) -> None:
@@ -198,7 +203,11 @@ class Reporter:
         self._metrics.append_line({"step": step, **figures})
         self._board.add_scalars(dict(flatten_numbers(figures)), step)
         shown = {"loss": f"{figures['loss']:.4f}", "img/s": f"{figures['images_per_second']:.1f}"}
-        self._bar.set_postfix({**shown, "frozen": figures["frozen_layers"]}, refresh=False)
+        shown["frozen"] = str(figures["frozen_layers"])
+        self._bar.set_postfix(shown, refresh=False)
+        if not self._has_terminal and (time.monotonic() - self._told > LINE_SECONDS or step == self._total_steps):
+            self._told = time.monotonic()
+            logger.info("step %d of %d: %s", step, self._total_steps, ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def log_event(self, event: str, step: int, *, message: str = "", **details: Any) -> None:
         """Write one object to events.jsonl and, given a message, one line above the bar."""

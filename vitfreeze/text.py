@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def format_bytes(count: float) -> str:
@@ -12,6 +13,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+def find_nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that one meant, perhaps, by a misspelt one; empty if none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

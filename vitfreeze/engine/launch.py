@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import io
 import logging
 import os
+import tempfile
 from contextlib import nullcontext, redirect_stdout
 
 import deepspeed
@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from vitfreeze.gpu import check_build
 from vitfreeze.ranks import LaunchEnvironment, Ranks
 from vitfreeze.rendezvous import Rendezvous, join_timeout
+from vitfreeze.terminal import divert_stdout
 
 log = logging.getLogger(__name__)
 TESTED_SERIES = "0.19."
@@ -65,11 +66,12 @@ def join_ranks() -> Ranks:
     device = torch.device(accelerator.current_device_name())
     with rendezvous.raise_on_all_ranks() if rendezvous is not None else nullcontext():
         check_build(device)
-    with redirect_stdout(io.StringIO()) as said:  # stdout is for a command's findings; DeepSpeed names a kernel there
-        if not torch.distributed.is_initialized():
-            atexit.register(_leave_ranks)
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    log.debug("DeepSpeed said: %s", said.getvalue())
+    # stdout is for a command's findings; DeepSpeed names a kernel there, and gloo its peers.
+    with tempfile.TemporaryFile("w+") as said:
+        with divert_stdout(said.fileno()), redirect_stdout(said):
+            _join_process_group(accelerator.communication_backend_name())
+        said.seek(0)
+        log.debug("DeepSpeed said: %s", said.read())
     del rendezvous
     return Ranks(
         rank=torch.distributed.get_rank(),
@@ -77,6 +79,12 @@ def join_ranks() -> Ranks:
         local_rank=local_rank,
         device=device,
     )
+
+
+def _join_process_group(backend: str) -> None:
+    if not torch.distributed.is_initialized():
+        atexit.register(_leave_ranks)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def _leave_ranks() -> None:

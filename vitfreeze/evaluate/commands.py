@@ -55,8 +55,10 @@ def evaluate_knn(location: str, data: EvaluationData, *, k: Sequence[int] = (10,
     Raises:
         ValueError: weights or shards that cannot be used.
     """
+    if not k or min(k) < 1:
+        raise ValueError(f"--k is {', '.join(map(str, k))}, expected numbers of at least 1")
     ranks = join_ranks()
-    splits = _extract_splits(location, data, ranks=ranks)
+    splits = _extract_splits(location, data, ranks=ranks, at_least=max(k))
     return {block: knn_over_ranks(train, test, k=k, ranks=ranks) for block, train, test in splits}
 
 
@@ -103,7 +105,9 @@ def show_images(location: str, paths: Sequence[Path], *, blocks: Sequence[int] =
     return save_figure(draw_figure(panels, title=pretrained.origin), out)
 
 
-def _extract_splits(location: str, data: EvaluationData, *, ranks: Ranks) -> Iterator[tuple[int, Features, Features]]:
+def _extract_splits(
+    location: str, data: EvaluationData, *, ranks: Ranks, at_least: int = 1
+) -> Iterator[tuple[int, Features, Features]]:
     """Yield every block with the features of this rank's training and validation images."""
     pretrained = read_pretrained(location)
     if not pretrained.is_finished:
@@ -116,6 +120,9 @@ def _extract_splits(location: str, data: EvaluationData, *, ranks: Ranks) -> Ite
         loader = open_split(config, split, rank=ranks.rank, world_size=ranks.world_size)
         if loader.num_samples < ranks.world_size:
             raise ValueError(f"{ranks.world_size} ranks have too little to do with {loader.num_samples} {split} images")
+        voters = min(loader.num_samples, data.limit * ranks.world_size if data.limit else loader.num_samples)
+        if split == "train" and voters < at_least:
+            raise ValueError(f"--k is {at_least}, expected at most the {voters} training images that vote")
         logger.info("features of %d %s images of %s", loader.num_samples, split, pretrained.origin)
         found.append(
             extract_block_features(

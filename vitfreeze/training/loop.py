@@ -21,6 +21,7 @@ from vitfreeze.planner import fit_micro_batch
 from vitfreeze.ranks import Ranks
 from vitfreeze.report import Meter, Reporter
 from vitfreeze.schedule import ScheduledStep, build_schedule
+from vitfreeze.terminal import log_into
 from vitfreeze.text import format_bytes
 from vitfreeze.training.build import build_engine, open_training
 from vitfreeze.training.context import Run
@@ -46,7 +47,7 @@ def run_task(task: Task, *, fresh: bool) -> int:
     data = TrainingData(
         names=loader.shards.names, lengths=loader.lengths, steps_per_epoch=loader.steps_per_epoch
     )  # fmt: skip
-    with RunFolder(directory, ranks=ranks):
+    with RunFolder(directory, ranks=ranks), log_into(directory / "run.log", rank=ranks.rank):
         start = choose_start(config, directory, fresh=fresh, ranks=ranks, data=data)
         run = prepare(task, loader, ranks, directory=directory, start=start)
         try:
