@@ -428,8 +428,8 @@ def test_summary_has_the_best_rate_of_every_arm_beside_its_control() -> None:
     slower = [make_record("paper", seed, 0.50, cost=0.9995, blr=5e-4) for seed in (0, 1, 2)]
     rows = report.format_summary(find([*EXPLORED, *slower])).splitlines()
     assert len(rows) == 4  # two of heading, paper, stopped-0.5; nobody ran the control of stopped-0.7
-    assert "(cost 1.00) | 51.0 ± 2.5 | 50.0 ± 0.0 | -1.0 [-3.5, +1.5]: none |" in rows[2]
-    assert "(cost 0.50) | 49.0 | 48.0 | -1.0: one seed |" in rows[3]
+    assert "(cost 1.00) | 51.0 ± 2.5 (blr 0.001) | 50.0 ± 0.0 (blr 0.0005) | -1.0 [-3.5, +1.5]: none |" in rows[2]
+    assert "(cost 0.50) | 49.0 (blr 0.001) | 48.0 (blr 0.001) | -1.0: one seed |" in rows[3]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ class Finding:
         blr: learning rate of pre-training per 256 images.
         accuracies: by metric, the mean over seeds and its interval, from 0 to 1.
         control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
+        control_blr: learning rate of the control.
         control_accuracy: what the control reaches by the primary metric, on the seeds that are shared.
         differences: by metric, the paired difference from the control, where seeds are shared with it.
         of_freezing: of arms that do more than freeze, the paired difference by the primary metric from the run of equal
@@ -45,6 +46,7 @@ class Finding:
     seeds: tuple[int, ...]
     accuracies: Mapping[str, Difference]
     control: str
+    control_blr: float | None
     control_accuracy: Difference | None
     differences: Mapping[str, Difference]
     of_freezing: Difference | None
@@ -148,6 +150,7 @@ def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record], unfroze
         cost=one["cost"]["pretraining"], cost_with_finetuning=one["cost"]["with_finetuning"],
         accuracies={metric: mean_interval(values(runs, metric, seeds)) for metric in METRICS},
         control=control[shared[0]]["arm"] if shared else "",
+        control_blr=control[shared[0]]["blr"] if shared else None,
         control_accuracy=mean_interval(values(control, PRIMARY, shared)) if shared else None,
         differences={metric: compare(control, metric) for metric in METRICS if shared},
         of_freezing=compare(unfrozen, PRIMARY) if runs.keys() & unfrozen.keys() else None,

@@ -115,8 +115,10 @@ def format_summary(findings: Sequence[Finding]) -> str:
             continue
         difference = finding.differences[PRIMARY]
         rows.append([
-            f"{finding.words} (cost {finding.cost:.2f})", format_mean(finding.control_accuracy),
-            format_mean(finding.accuracies[PRIMARY]), f"{format_difference(difference)}: {difference.verdict}",
+            f"{finding.words} (cost {finding.cost:.2f})",
+            f"{format_mean(finding.control_accuracy)} (blr {finding.control_blr:g})",
+            f"{format_mean(finding.accuracies[PRIMARY])} (blr {finding.blr:g})",
+            f"{format_difference(difference)}: {difference.verdict}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
