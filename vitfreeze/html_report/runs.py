@@ -43,10 +43,11 @@ class RunRecord:
     def places(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         """Return where lines stand on each axis: steps, hours of training, counted operations in 10^15."""
         steps = [line["step"] for line in lines]
+        hours, costs = self._hours(), self._costs()
         return {
             "step": steps,
-            "hours": [self._interpolate(self._hours(), step) for step in steps],
-            "cost": [self._interpolate(self._costs(), step) for step in steps],
+            "hours": [self._interpolate(hours, step) for step in steps],
+            "cost": [self._interpolate(costs, step) for step in steps],
         }
 
     def _hours(self) -> list[tuple[int, float]]:
