@@ -225,13 +225,21 @@ def _pack(read: Callable[[], ImageSet], options: argparse.Namespace) -> int:
     return 0
 
 
+def _set_up_logging() -> None:
+    """Say warnings and, where there is no terminal for a bar, how far a command is; there every line has its time."""
+    has_terminal = sys.stderr.isatty()
+    layout = "%(levelname)s: %(message)s" if has_terminal else "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=layout, datefmt="%Y-%m-%d %H:%M:%S")
+    logging.getLogger("data_prep").setLevel(logging.INFO)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
         exit status: 0, 1 when `verify` finds something wrong, 2 for bad input, 130 after Ctrl-C.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    _set_up_logging()
     options = build_parser().parse_args(arguments)
     try:
         if options.workers < 1:

@@ -103,11 +103,11 @@ def run(arguments: list[str], *, status: int = 0, **variables: str) -> str:
     return shown
 
 
-def run_on_terminal(arguments: list[str]) -> str:
-    """Run vitfreeze with its stderr on a terminal of 120 columns; return what came there."""
+def run_on_terminal(arguments: list[str], *, program: str = "vitfreeze") -> str:
+    """Run a program with its stderr on a terminal of 120 columns; return what came there."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "vitfreeze", *arguments]
+    command = [sys.executable, "-m", program, *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=alone()) as process:
         os.close(theirs)
         seen = b""
@@ -179,6 +179,17 @@ def test_other_ranks_say_nothing(demo_shards: Path, tmp_path: Path) -> None:
         assert shown.count(words) == 1
     for words in ("DeepSpeed", "Gloo", "Warning", "Rank 1"):
         assert words not in shown
+
+
+def test_packing_draws_a_bar_on_a_terminal_and_writes_dated_lines_elsewhere(tmp_path: Path) -> None:
+    arguments = ["demo", "--samples", "60", "--out", str(tmp_path / "shards")]
+    command = [sys.executable, "-m", "data_prep", *arguments]
+    shown = subprocess.run(command, env=alone(), capture_output=True, check=True).stderr.decode()
+    assert "\r" not in shown
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO packing: 60 of 60 img, .* MB/s\n", shown)
+    shown = run_on_terminal(["verify", str(tmp_path / "shards")], program="data_prep")
+    assert re.search(r"\rverifying: .*60/60", shown)
+    assert "INFO" not in shown
 
 
 SPEAKERS = """
