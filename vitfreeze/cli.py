@@ -282,12 +282,16 @@ def _add_export(commands: Commands) -> None:
     _add_weights(parser)
     parser.add_argument("--to", required=True, help="timm, safetensors, hf or torch")
     parser.add_argument("--out", help="file or folder; default: export/ in the run folder")
+    parser.add_argument("--push", default="", metavar="REPO", help="also send it to this repository of Hugging Face")
+    parser.add_argument("--private", action="store_true", help="a repository that is made is seen by its owner alone")
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from vitfreeze.export import export_run
 
-    print(export_run(parsed.weights, to=parsed.to, out=parsed.out))
+    if parsed.private and not parsed.push:
+        raise ValueError("--private is about the repository of --push, which is not given")
+    print(export_run(parsed.weights, to=parsed.to, out=parsed.out, push=parsed.push, private=parsed.private))
     return 0
 
 
