@@ -339,7 +339,10 @@ class RunConfig:
     ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True, is_path=True)
     log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, may_change=True)
     show_every: Duration = option(
-        Duration(0.1, "fraction"), "how often TensorBoard gets reconstructions; 0: never", unit=IN_RUN, may_change=True
+        Duration(0.1, "fraction"), "how often boards get reconstructions; 0: never", unit=IN_RUN, may_change=True
+    )
+    wandb: str = option(
+        "", "project of Weights & Biases, or entity/project, that the run is shown in as well", may_change=True
     )
     max_skipped_steps: int = option(50, "fp16 overflows in a row before the run ends", AT_LEAST_1, may_change=True)
     watchdog_minutes: float = option(
