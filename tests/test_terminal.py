@@ -10,12 +10,14 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from test_pretrain import ROOT, SMALL, launch
 
+from data_prep.__main__ import main as prepare
 from vitfreeze import cli
 from vitfreeze.evaluate import EvaluationData, evaluate_knn
 from vitfreeze.pretrained import read_pretrained
@@ -58,6 +60,17 @@ def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFix
         (["knn", "runs/tinny"], "did you mean 'runs/tiny'?"),
         (["config", "runs/tinny.yaml"], "did you mean 'runs/tiny.yaml'?"),
         (["bench", "stp"], "did you mean step?"),
+        (["plot", "runs/tinny"], "did you mean 'runs/tiny'?"),
+        (["report", "runs/tinny"], "did you mean 'runs/tiny'?"),
+        (["features", "timm:vit_tny_patch16_224", "tree.jpg", "-o", "x.npz"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["features", "runs/tiny", "tre.jpg", "-o", "x.npz"], "did you mean 'tree.jpg'?"),
+        (["features", "runs/tiny", "shard", "-o", "x.npz"], "did you mean 'shards'?"),
+        (["pretrain", "demo", "data.train=shard/photo"], "did you mean 'shards/photos'?"),
+        (
+            ["pretrain", "demo", "data.train=shards/photos/trian-{0..3}.tar"],
+            "did you mean 'shards/photos/train-0.tar'?",
+        ),
+        (["bench", "data", "shards/photoz"], "did you mean 'shards/photos'?"),
     ],
 )
 def test_misspelt_words_are_met_with_the_nearest(
@@ -68,9 +81,34 @@ def test_misspelt_words_are_met_with_the_nearest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    (tmp_path / "runs" / "tiny.yaml").touch()
+    (tmp_path / "shards" / "photos").mkdir(parents=True)
+    for name in ("runs/tiny.yaml", "tree.jpg", "shards/photos/train-0.tar"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     assert call(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["foldr", "photos", "--out", "x"], "did you mean folder?"),
+        (["folder", "photoz", "--out", "x"], "there is no photoz; did you mean photos?"),
+        (["verify", "photo"], "there is no photo; did you mean photos?"),
+        (["imagenet", "--train", "elsewhere.tar", "--out", "x"], "there is no elsewhere.tar."),
+    ],
+)
+def test_the_packer_meets_misspelt_words_too(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with suppress(SystemExit):
+        assert prepare(arguments) == 2
     assert words in capsys.readouterr().err
 
 

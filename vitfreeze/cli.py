@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vitfreeze import __version__
+from vitfreeze.files import suggest_path
 from vitfreeze.terminal import set_up_logging, wants_colour
 from vitfreeze.text import find_nearest, format_table
 from vitfreeze.threads import limit_threads
@@ -68,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise
-        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        words = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            meant = suggest_path(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
+            words = f"{error.strerror}: {error.filename}{meant}"
         if rank == 0 or isinstance(error, OSError):  # what is wrong with files may be wrong on one node only
             print(f"vitfreeze {parsed.command}: {words}", file=sys.stderr)
         status = EXIT_BAD_INPUT
