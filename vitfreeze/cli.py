@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"vitfreeze {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors in the input")
+    _add_verbosity(parser, default=0)
     # DeepSpeed's launcher passes this to its programs; the LOCAL_RANK variable says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -138,13 +139,17 @@ def _add_command(commands: Commands, name: str, handler: Handler, *, help: str) 
     parser = commands.add_parser(name, help=help, description=help)
     parser.epilog = f"example: {parser.prog} {EXAMPLES[name]}"
     parser.set_defaults(handler=handler)
+    _add_verbosity(parser, default=argparse.SUPPRESS)  # what stands before the command holds
+    return parser
+
+
+def _add_verbosity(parser: argparse.ArgumentParser, *, default: int | str) -> None:
     amount = parser.add_mutually_exclusive_group()
     for flags, const, words in (
         (("-q", "--quiet"), -1, "warnings and errors only"),
         (("-v", "--verbose"), 1, "other packages' messages too"),
     ):
-        amount.add_argument(*flags, dest="verbosity", action="store_const", const=const, default=0, help=words)
-    return parser
+        amount.add_argument(*flags, dest="verbosity", action="store_const", const=const, default=default, help=words)
 
 
 def _add_recipe(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
