@@ -395,7 +395,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _count_images(config: Config) -> int | None:
     """Return the number of training images, where that can be known; a recipe without data is planned without torch."""
-    if not config.data.train:
+    if not config.data.train_shards:
         return None
     from vitfreeze.data import count_training_images
 

@@ -234,7 +234,7 @@ def _training_lines(pretrained: Pretrained) -> list[str]:
     folder = checkpoint.path.parent.parent
     rows = {
         "run": folder.name,
-        "data": ", ".join(config.data.train),
+        "data": ", ".join(config.data.train_shards),
         "length": f"{config.run.length}, of which {checkpoint.step} steps were taken",
         "state": "finished" if pretrained.is_finished else "NOT FINISHED",
         "global batch": str(config.batch.global_size),

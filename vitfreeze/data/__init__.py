@@ -6,7 +6,7 @@ from vitfreeze.data.epoch_report import merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.identity import ShardIdentity, describe_difference, identify_shards
-from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
+from vitfreeze.data.loading import Batch, BatchShape, EvalLoader, ReadOptions, TrainLoader, workers_needed
 from vitfreeze.data.normalization import normalize
 from vitfreeze.data.order import EpochOrder
 
@@ -14,6 +14,7 @@ __all__ = [
     "BadSampleError",
     "Batch",
     "BatchMixing",
+    "BatchShape",
     "CenterCrop",
     "EpochOrder",
     "EvalLoader",

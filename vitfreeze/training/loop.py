@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vitfreeze.checkpoint import SaveSchedule
 from vitfreeze.curriculum import KEYS, ImageStage
-from vitfreeze.data import Batch, TrainLoader
+from vitfreeze.data import Batch, BatchShape, TrainLoader
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
 from vitfreeze.planner import fit_micro_batch
@@ -44,9 +44,8 @@ def run_task(task: Task, *, fresh: bool) -> int:
         config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
     build_schedule(config, steps_per_epoch=loader.steps_per_epoch)  # refuses what cannot be, before anything is made
-    data = TrainingData(
-        names=loader.shards.names, lengths=loader.lengths, steps_per_epoch=loader.steps_per_epoch
-    )  # fmt: skip
+    names, lengths = loader.all_shards()
+    data = TrainingData(names=names, lengths=lengths, steps_per_epoch=loader.steps_per_epoch)
     with RunFolder(directory, ranks=ranks), log_into(directory / "run.log", rank=ranks.rank):
         start = choose_start(config, directory, fresh=fresh, ranks=ranks, data=data)
         run = prepare(task, loader, ranks, directory=directory, start=start)
@@ -157,6 +156,8 @@ def begin_stage(run: Run, now: ScheduledStep) -> bool:
         return False
     before = asdict(run.schedule.curriculum.at(now.step - 1))
     changes = [f"{key} {value:g}" for key, value in asdict(images).items() if key in KEYS and value != before[key]]
+    if images.shards != before["shards"]:
+        changes.append(f"shards {', '.join(run.config.data.train_stages[images.shards][1])}")
     message = f"step {now.step}: {', '.join(changes) or 'nothing new'} from here on"
     run.reporter.log_event("stage", now.step, message=message, **asdict(images))
     run.meter.restart()
@@ -174,9 +175,10 @@ def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None, *, froze
             precision=engine.settings.precision,
         )  # fmt: skip
 
-    def shape_at(step: int) -> tuple[int, int]:
+    def shape_at(step: int) -> BatchShape:
         images = schedule.curriculum.at(step)
-        return images.img_size, fit(schedule.frozen_layers(step), images)[0]
+        micro_batch, _ = fit(schedule.frozen_layers(step), images)
+        return BatchShape(images.img_size, micro_batch, images.shards)
 
     micro_batch, accumulation = fit(now.frozen_layers, now.images)
     if micro_batch != engine.micro_batch:
