@@ -32,7 +32,6 @@ from vitfreeze.bench.timing import (
 )
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
-from vitfreeze.model import hog_targets
 from vitfreeze.model.local_mim import LAYER_NORM_EPS
 from vitfreeze.planner import costs_of, quartiles
 from vitfreeze.text import format_table
@@ -165,8 +164,8 @@ class _Bench:
     def time_targets(self) -> float:
         """Return the seconds that the HOG targets of the living heads take in a step."""
         model = self.engine.module
-        cells = [model.cell_sizes[k] for k in active_heads(model.units, self.engine.frozen_layers)]
-        call = partial(hog_targets, self.images, cell_sizes=cells, nbins=model.hog_nbins, bias=model.hog_bias)
+        heads = active_heads(model.units, self.engine.frozen_layers)
+        call = partial(model.make_targets, self.images, heads=heads)
         return self.engine.accumulation * time_call(call, device=self.engine.device, clock=self.clock)
 
     def time_unit(self) -> float:

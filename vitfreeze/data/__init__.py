@@ -7,7 +7,7 @@ from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.identity import ShardIdentity, describe_difference, identify_shards
 from vitfreeze.data.loading import Batch, BatchShape, EvalLoader, ReadOptions, TrainLoader, workers_needed
-from vitfreeze.data.normalization import normalize
+from vitfreeze.data.normalization import normalize, tabulate
 from vitfreeze.data.order import EpochOrder
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "merge_reports",
     "normalize",
     "open_split",
+    "tabulate",
     "workers_needed",
 ]
