@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vitfreeze import __version__
+from vitfreeze.files import suggest_path
 from vitfreeze.terminal import set_up_logging, wants_colour
 from vitfreeze.text import find_nearest, format_table
 from vitfreeze.threads import limit_threads
@@ -69,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise
-        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        words = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            meant = suggest_path(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
+            words = f"{error.strerror}: {error.filename}{meant}"
         if rank == 0 or isinstance(error, OSError):  # what is wrong with files may be wrong on one node only
             print(f"vitfreeze {parsed.command}: {words}", file=sys.stderr)
         status = EXIT_BAD_INPUT
@@ -283,12 +287,16 @@ def _add_export(commands: Commands) -> None:
     _add_weights(parser)
     parser.add_argument("--to", required=True, help="timm, safetensors, hf or torch")
     parser.add_argument("--out", help="file or folder; default: export/ in the run folder")
+    parser.add_argument("--push", default="", metavar="REPO", help="also send it to this repository of Hugging Face")
+    parser.add_argument("--private", action="store_true", help="a repository that is made is seen by its owner alone")
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from vitfreeze.export import export_run
 
-    print(export_run(parsed.weights, to=parsed.to, out=parsed.out))
+    if parsed.private and not parsed.push:
+        raise ValueError("--private is about the repository of --push, which is not given")
+    print(export_run(parsed.weights, to=parsed.to, out=parsed.out, push=parsed.push, private=parsed.private))
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize, cell_sizes, tap_blocks
+from vitfreeze.extensions import FREEZING, TARGETS, ExtensionError, list_names, pin_version
 from vitfreeze.files import suggest_path
 from vitfreeze.text import find_nearest
 
@@ -124,8 +125,6 @@ Stages = tuple[tuple[Duration, float], ...]
 ShardNames = tuple[str, ...]
 ShardStages = tuple[tuple[Duration, ShardNames], ...]
 TrainShards = ShardNames | ShardStages
-# What freeze.how does to the straight line from t_0 to 1: the power that it is raised to.
-POWERS: Mapping[str, int] = types.MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
 _SCALE_WEIGHTS = "four numbers >= 0, not all 0, or such lists behind rising shares of the run: [share, [four numbers]]"
 _NOUNS = {
     "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Duration": "a duration",
@@ -139,17 +138,18 @@ _NOUNS = {
 
 def option(
     default: T, help_text: str, within: Range | None = None, *, unit: str = "", choices: Sequence[str] = (),
-    may_change: bool = False, is_path: bool = False, is_permission: bool = False,
+    may_change: bool = False, is_path: bool = False, is_permission: bool = False, group: str = "",
 ) -> T:  # fmt: skip
     """Declare a setting with its one-line explanation and its rule, which is told nowhere else.
 
     Numbers lie `within` a range and count `unit`; a duration may be given in each `unit` of a list; a text is one of
-    `choices`. `may_change` settings may differ when a run is resumed. In a path a leading '~' is the user's home. Only
-    the command line of the very call can grant a permission: it is neither read from a file nor written into one.
+    `choices`, or a name of `group`, of which only what is to be run need be installed. `may_change` settings may differ
+    when a run is resumed. In a path a leading '~' is the user's home. Only the command line of the very call can grant
+    a permission: it is neither read from a file nor written into one.
     """
     metadata = {
         "help": help_text, "within": within, "unit": unit, "choices": choices, "may_change": may_change,
-        "is_path": is_path, "is_permission": is_permission,
+        "is_path": is_path, "is_permission": is_permission, "group": group,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -157,7 +157,8 @@ def option(
 def describe_allowed(option_field: dataclasses.Field[Any]) -> str:
     """Return what a setting may be, as in 'a number in (0, 1]'; it completes 'allowed: '."""
     rule, (kind, *optional) = option_field.metadata, str(option_field.type).split(" | ")
-    noun = f"one of {', '.join(rule['choices'])}" if rule["choices"] else _NOUNS.get(kind, _SCALE_WEIGHTS)
+    choices = rule["choices"] or (list_names(rule["group"]) if rule["group"] else ())
+    noun = f"one of {', '.join(choices)}" if choices else _NOUNS.get(kind, _SCALE_WEIGHTS)
     unit = f" ({rule['unit']})" if rule["unit"] else ""
     return f"{noun} {rule['within'] or ''}".rstrip() + unit + (", or null" if optional else "")
 
@@ -192,6 +193,7 @@ class ModelConfig:
     decoder_embed_dim: int | None = option(None, "override of the size table", AT_LEAST_1)
     decoder_depth: int | None = option(None, "override of the size table", AT_LEAST_1)
     decoder_num_heads: int | None = option(None, "override of the size table", AT_LEAST_1)
+    target: str = option("hog", "what the heads predict", group=TARGETS)
     hog_nbins: int = option(9, "orientation bins of the HOG targets (LocalMIM: 9; 18 for ViT-L)", AT_LEAST_1)
     hog_bias: bool = option(False, "random biases in the gradient filters, as in LocalMIM's ViT-L recipe")
     mask_ratio: float = option(
@@ -301,7 +303,7 @@ class FreezeConfig:
         choices=("schedule", "adaptive", "off"),
     )
     t_0: float = option(0.8, "share of steps after warm-up that layer 0 trains, before `how` bends it", SHARE_ABOVE_0)
-    how: str = option("cubic", "how t_i bends from t_0 to 1 over the layers", choices=tuple(POWERS))
+    how: str = option("cubic", "how t_i rises from t_0 to 1 over the layers", group=FREEZING)
     rates: str = option(
         "cosine", "cosine: from a layer's initial rate to 0 at its t_i (paper); global: all layers as optim.schedule, "
         "until they leave; stable: level, then a decay before each t_i", choices=("cosine", "global", "stable"),
@@ -359,7 +361,10 @@ class RunConfig:
     ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True, is_path=True)
     log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, may_change=True)
     show_every: Duration = option(
-        Duration(0.1, "fraction"), "how often TensorBoard gets reconstructions; 0: never", unit=IN_RUN, may_change=True
+        Duration(0.1, "fraction"), "how often boards get reconstructions; 0: never", unit=IN_RUN, may_change=True
+    )
+    wandb: str = option(
+        "", "project of Weights & Biases, or entity/project, that the run is shown in as well", may_change=True
     )
     max_skipped_steps: int = option(50, "fp16 overflows in a row before the run ends", AT_LEAST_1, may_change=True)
     watchdog_minutes: float = option(
@@ -500,7 +505,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = _compose_yaml(text, f"the override {_shorten(override)!r}")
             value = None if node is None else yaml.SafeLoader("").construct_object(node, deep=True)
         values[key.strip()] = (value, COMMAND_LINE)
-    return build_config(values, recipe=path.stem)
+    return pin_extensions(build_config(values, recipe=path.stem))
 
 
 def load_run_config(path: Path) -> Config:
@@ -548,6 +553,23 @@ def build_config(values: Mapping[str, tuple[Any, str]], *, recipe: str) -> Confi
     parts = {name: type(getattr(Config(), name))(**given) for name, given in sections.items()}
     config = Config(**parts, recipe=recipe, origins={key: origin for key, (_, origin) in values.items()})
     check_config(config)
+    return config
+
+
+def pin_extensions(config: Config) -> Config:
+    """Return the settings with the versions of what other packages register; raises ConfigError for unknown names."""
+    for key, value, option_field in settings(config):
+        if group := option_field.metadata["group"]:
+            try:
+                pinned = pin_version(group, value)
+            except ExtensionError as error:
+                raise config.error(key, error.allowed) from None
+            section, _, name = key.partition(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: pinned})})
+    if config.model.target != "hog":
+        for key in ("model.hog_nbins", "model.hog_bias"):
+            if key in config.origins:
+                raise config.error(key, f"left out, because model.target is {config.model.target}, which is not HOG")
     return config
 
 

@@ -162,7 +162,7 @@ class _Bench:
         )
 
     def time_targets(self) -> float:
-        """Return the seconds that the HOG targets of the living heads take in a step."""
+        """Return the seconds that the targets of the living heads take in a step."""
         model = self.engine.module
         heads = active_heads(model.units, self.engine.frozen_layers)
         call = partial(model.make_targets, self.images, heads=heads)

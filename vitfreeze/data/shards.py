@@ -24,7 +24,7 @@ import numpy as np
 from vitfreeze.data.addresses import Address, Kind, cut_query, expand_names, is_remote, read_address
 from vitfreeze.data.downloads import DownloadCache
 from vitfreeze.data.errors import BadSampleError, ShardError
-from vitfreeze.files import parse_json, replacing
+from vitfreeze.files import parse_json, replacing, suggest_path
 
 _log = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def _check_addresses(addresses: Sequence[Address]) -> None:
         raise ShardError(f"shard {cut_query(twice.name)} is listed twice, so an epoch would show its samples twice")
     for path in (address.target for address in addresses if address.kind is Kind.FILE):
         if not os.path.isfile(path):
-            raise ShardError(f"shard {path} does not exist{_describe_start(path)}")
+            raise ShardError(f"shard {path} does not exist{_describe_start(path)}{suggest_path(Path(path))}")
     if commands := [address.target for address in addresses if address.kind is Kind.COMMAND]:
         _log.info(
             "%d of %d shards are read from shell commands, which this command line allows and every later one must "
@@ -286,7 +286,7 @@ def _list_folder(folder: str, split: str) -> list[str]:
     if is_remote(folder):
         raise ShardError(f"{cut_query(base)} has no _info.json to list its shards; give a brace pattern of their URLs")
     if not os.path.isdir(folder):
-        raise ShardError(f"folder {folder} does not exist{_describe_start(folder)}")
+        raise ShardError(f"folder {folder} does not exist{_describe_start(folder)}{suggest_path(Path(folder))}")
     files = sorted(path.name for path in Path(folder).glob("*.tar") if path.is_file())
     if not files:
         raise ShardError(f"folder {folder} holds no *.tar file")

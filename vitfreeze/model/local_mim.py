@@ -33,6 +33,7 @@ from vitfreeze.architecture import (
     localmim_units,
     tap_blocks,
 )
+from vitfreeze.extensions import Target
 from vitfreeze.model.frozen_block import run_frozen
 from vitfreeze.model.hog import check_images
 from vitfreeze.model.targets import Pixels, TargetMaker
@@ -362,6 +363,7 @@ class LocalMIM(nn.Module):
         scale_weights: one factor per head in the loss; all 1 by default.
         activation_checkpointing: recompute the active blocks of the encoder in the backward pass.
         hog_bias_seed: seed of the pair of hog_bias.
+        target: what the heads predict instead of HOG.
 
     Raises:
         ValueError: sizes that do not fit together, with the arithmetic.
@@ -390,8 +392,10 @@ class LocalMIM(nn.Module):
         scale_weights: Sequence[float] | None = None,
         activation_checkpointing: bool = False,
         hog_bias_seed: int = 0,
+        target: Target | None = None,
     ) -> None:
         super().__init__()
+        self.target, self.num_outputs = target, 3 * hog_nbins if target is None else target.num_outputs
         self.cell_sizes = cell_sizes(img_size=img_size, patch_size=patch_size)
         self.taps = tap_blocks(depth)
         _check_widths(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
@@ -431,7 +435,7 @@ class LocalMIM(nn.Module):
                     mlp_ratio=mlp_ratio,
                     grid_size=self.grid_size,
                     scale=scale,
-                    num_outputs=3 * hog_nbins,
+                    num_outputs=self.num_outputs,
                 ),
             )
             for scale in HEAD_SCALES
@@ -562,12 +566,20 @@ class LocalMIM(nn.Module):
         taps = {k: outputs[self.taps[k]].to(dtype) for k in heads}
         return taps, ids_BL, dict(zip(heads, targets, strict=True))
 
-    def make_targets(self, images: Tensor, *, heads: Sequence[int], pixels: Pixels | None = None) -> list[Tensor]:
-        """Return the HOG targets of the given heads, each (B, T, F) float32."""
+    def make_targets(self, images: Tensor, *, heads: Sequence[int], pixels: Pixels | None = None) -> Sequence[Tensor]:
+        """Return what the given heads predict, each (B, T, F) float32; raises ValueError for other shapes."""
         cells = [self.cell_sizes[k] for k in heads]
-        return self._target_maker.make(
-            images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias, pixels=pixels
-        )  # fmt: skip
+        if self.target is None:
+            return self._target_maker.make(
+                images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias, pixels=pixels
+            )
+        with torch.no_grad():
+            targets = self.target(images, cell_sizes=cells)
+        expected = [(len(images), (images.shape[-1] // cell) ** 2, self.num_outputs) for cell in cells]
+        found = [tuple(target.shape) for target in targets]
+        if found != expected:
+            raise ValueError(f"{type(self.target).__name__} makes targets of the shapes {found}, expected {expected}")
+        return targets
 
     def _embed(self, images: Tensor, ids_BV: Tensor, *, frozen_layers: int) -> Tensor:
         """Embed only the given patches, and put the class token before them: (B, 1 + V, D).

@@ -7,12 +7,14 @@ from (config, step); only weights and optimizer state are loaded on resume.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from vitfreeze.boards import Board, check_boards, open_boards
 from vitfreeze.checkpoint import SaveSchedule
+from vitfreeze.config import ConfigError
 from vitfreeze.curriculum import KEYS, ImageStage
 from vitfreeze.data import Batch, BatchShape, TrainLoader
 from vitfreeze.engine import join_ranks
@@ -46,24 +48,27 @@ def run_task(task: Task, *, fresh: bool) -> int:
     build_schedule(config, steps_per_epoch=loader.steps_per_epoch)  # refuses what cannot be, before anything is made
     names, lengths = loader.all_shards()
     data = TrainingData(names=names, lengths=lengths, steps_per_epoch=loader.steps_per_epoch)
+    ranks.from_rank_0(lambda: check_boards(config), errors=(ConfigError,))
     with RunFolder(directory, ranks=ranks), log_into(directory / "run.log", rank=ranks.rank):
         start = choose_start(config, directory, fresh=fresh, ranks=ranks, data=data)
-        run = prepare(task, loader, ranks, directory=directory, start=start)
+        boards: list[Board] = []
+        ranks.from_rank_0(lambda: boards.extend(open_boards(config, directory)), errors=(ConfigError,))
+        run = prepare(task, loader, ranks, directory=directory, start=start, boards=boards)
+        status = EXIT_FAILED
         try:
-            finished = train(run, start_step=start.step)
+            status = 0 if train(run, start_step=start.step) else EXIT_STOPPED
         except RunFailedError as error:
             logger.error("the run has ended: %s", error)
-            return EXIT_FAILED
         finally:
-            run.reporter.close()
-        if not finished:
-            return EXIT_STOPPED
-        if ranks.rank == 0:
+            run.reporter.close(status)
+        if status == 0 and ranks.rank == 0:
             task.close(directory, run.engine)
-    return 0
+    return status
 
 
-def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, start: Start) -> Run:
+def prepare(
+    task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, start: Start, boards: Sequence[Board] = ()
+) -> Run:
     """Build the parts of a run and bring them to where it starts."""
     config, checkpoint, meter = task.config, start.checkpoint, Meter()
     checks = read_adaptive_checks(checkpoint)
@@ -78,7 +83,7 @@ def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, s
         state.load(checkpoint)
     reporter = Reporter(
         directory, rank=ranks.rank, start_step=start.step, total_steps=schedule.total_steps,
-        description=task.description,
+        description=task.description, boards=boards,
     )  # fmt: skip
     start.report(reporter)
     return Run(
