@@ -30,7 +30,7 @@ from torch.utils.tensorboard import summary
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vitfreeze.files import LineFile, RecordFile, trim_json_lines
+from vitfreeze.files import LineFile, RecordFile, Refusals, trim_json_lines
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
@@ -130,12 +130,14 @@ class Board:
     Args:
         folder: of the run's files, one for each start.
         start_step: steps taken before; what files of earlier starts say of later ones is not shown.
+        refusals: as for `RecordFile`.
     """
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
-        self._file = RecordFile(folder / f"{_next_board(folder)}.{socket.gethostname()}.{os.getpid()}")
+    def __init__(self, folder: Path, *, start_step: int, refusals: Refusals | None = None) -> None:
+        name = f"{_next_board(folder)}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordFile(folder / name, refusals=refusals)
         with suppress(OSError):  # `append` tells it
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
         self._add(Event(file_version="brain.Event:2", step=start_step))
         self._add(Event(session_log=SessionLog(status=SessionLog.START), step=start_step + 1))
 
@@ -152,7 +154,18 @@ class Board:
         for event in events:
             event.wall_time = time.time()
             RecordWriter(records).write(event.SerializeToString())
+        self._make_folder()
         self._file.append(records.getvalue())
+
+    def _make_folder(self) -> None:
+        """Make the folder, also when the run folder was deleted and is there again."""
+        with suppress(OSError):  # `append` tells it
+            self._file.path.parent.mkdir(exist_ok=True)
+
+    def flush(self) -> None:
+        """Try again to write what was refused, if anything."""
+        self._make_folder()
+        self._file.flush()
 
 
 def _next_board(folder: Path) -> str:
@@ -166,11 +179,15 @@ class Reporter:
 
     On resume at `start_step`, lines of later steps are cut from metrics.jsonl, and freezes after it from events.jsonl,
     because those steps will be taken again.
+
+    Attributes:
+        refusals: what of the run a full disk refuses.
     """
 
     def __init__(
         self, run_dir: Path, *, rank: int, start_step: int, total_steps: int, description: str = "pre-training"
     ) -> None:
+        self.refusals = Refusals()
         self._active = rank == 0
         if not self._active:
             return
@@ -179,8 +196,9 @@ class Reporter:
             run_dir / "events.jsonl",
             keep=lambda line: line.get("event") not in ("freeze", "adaptive_check") or line["step"] < start_step,
         )
-        self._metrics, self._events = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "events.jsonl")
-        self._board = Board(run_dir / "tensorboard", start_step=start_step)
+        self._metrics = LineFile(run_dir / "metrics.jsonl", refusals=self.refusals)
+        self._events = LineFile(run_dir / "events.jsonl", refusals=self.refusals)
+        self._board = Board(run_dir / "tensorboard", start_step=start_step, refusals=self.refusals)
         self._total_steps, self._told = total_steps, 0.0
         self._has_terminal = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
         speaks = logger if logger.handlers else logging.getLogger()
@@ -223,8 +241,10 @@ class Reporter:
             self._board.add_image(name, image_CHW, step)
 
     def close(self) -> None:
-        """End the bar and give the terminal back; everything is written already."""
+        """End the bar and give the terminal back; all is written already but what was refused until now."""
         if self._active:
+            for file in (self._metrics, self._events, self._board):
+                file.flush()
             self._bar.close()
             self._redirect.__exit__(None, None, None)
             self._active = False

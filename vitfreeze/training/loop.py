@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vitfreeze.checkpoint import SaveSchedule
 from vitfreeze.curriculum import KEYS, ImageStage
-from vitfreeze.data import Batch, TrainLoader
+from vitfreeze.data import Batch, TrainLoader, describe_lost_worker
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
 from vitfreeze.planner import fit_micro_batch
@@ -52,8 +52,11 @@ def run_task(task: Task, *, fresh: bool) -> int:
         run = prepare(task, loader, ranks, directory=directory, start=start)
         try:
             finished = train(run, start_step=start.step)
-        except RunFailedError as error:
-            logger.error("the run has ended: %s", error)
+        except RuntimeError as error:
+            reason = describe_lost_worker(error) or (str(error) if isinstance(error, RunFailedError) else "")
+            if not reason:
+                raise
+            logger.error("the run has ended: %s", reason)
             return EXIT_FAILED
         finally:
             run.reporter.close()
