@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitfreeze.evaluate import EvaluationData
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells say it
 EXAMPLES = {
     "pretrain": "paper data.train=shards/imagenet run.dir=runs/paper",
     "finetune": "finetune_b_100ep model.init_from=runs/paper data.train=shards/imagenet data.val=shards/imagenet",
@@ -55,7 +56,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand and exit: 0 done, 1 failed, 2 bad input, 75 stopped on request with everything saved."""
+    """Run a subcommand and exit: 0 done, 1 failed, 2 bad input, 75 stopped with everything saved, 130 by Ctrl-C."""
     parsed = parse_arguments(arguments)
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(parsed.verbosity)
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except KeyboardInterrupt:  # before training, which saves first
+        status = EXIT_INTERRUPTED
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise

@@ -6,7 +6,15 @@ from vitfreeze.data.epoch_report import merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.identity import ShardIdentity, describe_difference, identify_shards
-from vitfreeze.data.loading import Batch, BatchShape, EvalLoader, ReadOptions, TrainLoader, workers_needed
+from vitfreeze.data.loading import (
+    Batch,
+    BatchShape,
+    EvalLoader,
+    ReadOptions,
+    TrainLoader,
+    describe_lost_worker,
+    workers_needed,
+)
 from vitfreeze.data.normalization import normalize, tabulate
 from vitfreeze.data.order import EpochOrder
 
@@ -28,6 +36,7 @@ __all__ = [
     "check_labels",
     "count_training_images",
     "describe_difference",
+    "describe_lost_worker",
     "identify_shards",
     "merge_reports",
     "normalize",

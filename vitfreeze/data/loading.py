@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -163,7 +164,8 @@ class _Loader:
         self.rank, self.world_size, self.options = rank, world_size, options
         self.pin_memory = torch.cuda.is_available()  # page-locked batches, for asynchronous copies
         # A fork copies the locks that threads of CUDA and NCCL hold at that instant, and may wait for them for ever.
-        self.start_method = "spawn" if torch.cuda.is_available() else None
+        # Workers of a forkserver, the default from Python 3.14 on, would outlive a main process that is killed.
+        self.start_method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "fork"
         self.reader = _open_reader(shards, split=split, options=options, open_shards=open_shards)
         self.readers = [self.reader]
         self.shards = self.reader.shards
@@ -500,6 +502,20 @@ class EvalLoader(_Loader):
             if len(batch.images):
                 yield batch
         self._end_epoch()
+
+
+def describe_lost_worker(error: RuntimeError) -> str:
+    """Return a sentence if the error is torch's that a decoding process is gone, which it raises at any place; else ''.
+
+    The system kills processes when memory runs out, those of the data first, because there are many of them.
+    """
+    said = " ".join(str(error).split())
+    if not said.startswith("DataLoader worker"):
+        return ""
+    return (
+        f"a decoding process is gone ({said.rstrip('.')}); did memory run out? The same command goes on from the "
+        "newest checkpoint; fewer data.workers need less"
+    )
 
 
 def workers_needed(work_seconds_per_image: float, *, seconds_per_image: float) -> int:

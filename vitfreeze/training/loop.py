@@ -16,7 +16,7 @@ from vitfreeze.boards import Board, check_boards, open_boards
 from vitfreeze.checkpoint import SaveSchedule
 from vitfreeze.config import ConfigError
 from vitfreeze.curriculum import KEYS, ImageStage
-from vitfreeze.data import Batch, BatchShape, TrainLoader
+from vitfreeze.data import Batch, BatchShape, TrainLoader, describe_lost_worker
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
 from vitfreeze.planner import fit_micro_batch
@@ -57,8 +57,11 @@ def run_task(task: Task, *, fresh: bool) -> int:
         status = EXIT_FAILED
         try:
             status = 0 if train(run, start_step=start.step) else EXIT_STOPPED
-        except RunFailedError as error:
-            logger.error("the run has ended: %s", error)
+        except RuntimeError as error:
+            reason = describe_lost_worker(error) or (str(error) if isinstance(error, RunFailedError) else "")
+            if not reason:
+                raise
+            logger.error("the run has ended: %s", reason)
         finally:
             run.reporter.close(status)
         if status == 0 and ranks.rank == 0:
