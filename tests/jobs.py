@@ -55,8 +55,9 @@ class Kill:
 
     `where` is `micro_batch` (of `step`, after the backward pass of its number `index`), `update` (right after the
     optimizer step of `step`), or a function of the save that begins when `step` steps have been taken, which is then
-    called and not returned from: `write_files`, `write_manifest`, `write_pointer` or `delete_old`. With
-    `refuse_files` nothing dies, but files over 10 kB are refused from the save of `step` to that of step `index`.
+    called and not returned from: `write_files`, `write_manifest`, `write_pointer` or `delete_old`. With `clock`
+    nothing dies, but the clock jumps by `index` seconds before `step`. With `refuse_files` nothing dies either, but
+    files over 10 kB are refused from the save of `step` to that of step `index`.
     """
 
     where: str
@@ -116,17 +117,19 @@ class Bench:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
 
+    def arguments(self, run: str | Path, *overrides: str, stage: int | None = 1) -> list[str]:
+        """Return what follows `vitfreeze` on the command line."""
+        settings = [f"run.ds_config={self.folder / f'stage{stage}.json'}"] if stage is not None else []
+        return ["pretrain", str(self.recipe), f"run.dir={self.folder / run}", *overrides, *settings]
+
     def start(
         self, run: str | Path, *overrides: str, ranks: int = 1, stage: int | None = 1, fresh: bool = False,
         kill: Kill | None = None, kill_rank: int = 0,
     ) -> Job:  # fmt: skip
         """Start `vitfreeze pretrain` in the run folder of this name."""
-        directory = self.folder / run
         log = self.folder / f"{Path(run).name}.log"
-        arguments = ["pretrain", str(self.recipe), f"run.dir={directory}", *overrides]
-        arguments += [f"run.ds_config={self.folder / f'stage{stage}.json'}"] if stage is not None else []
-        arguments += ["--fresh"] if fresh else []
-        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        arguments = [*self.arguments(run, *overrides, stage=stage), *(["--fresh"] if fresh else [])]
+        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
         processes: list[BaseProcess] = []
         for rank in range(ranks):
             variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -212,6 +215,9 @@ def _arm(kill: Kill) -> None:
 
     def noting_freeze(self: Any, frozen_layers: int, *, step: int) -> Any:
         Clock.step, Clock.micro_batch = step, -1
+        if kill.where == "clock" and step == kill.step:
+            clock = time.time
+            time.time = lambda: clock() + kill.index
         return freeze(self, frozen_layers, step=step)
 
     def dying_backward(self: Any, loss: Any) -> None:
@@ -250,11 +256,12 @@ def _arm(kill: Kill) -> None:
         setattr(CheckpointWriter, name, dying(getattr(CheckpointWriter, name)))
     elif kill.where in ("write_manifest", "write_pointer"):
         setattr(folder, kill.where, dying(getattr(folder, kill.where)))
-    elif kill.where not in ("micro_batch", "update", "refuse_files"):
+    elif kill.where not in ("micro_batch", "update", "refuse_files", "clock"):
         raise ValueError(f"no such instant: {kill.where}")
 
 
-def _free_port() -> int:
+def find_free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

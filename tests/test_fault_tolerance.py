@@ -128,6 +128,21 @@ def test_a_hang_is_reported_and_ends_the_job(tmp_path: Path) -> None:
     assert (tmp_path / "told").read_text() == "17"
 
 
+def test_a_job_that_was_suspended_is_not_taken_for_a_hang(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with Watchdog(tmp_path, rank=0, minutes=1.0 / 60, exit_status=EXIT_HUNG, grace_seconds=0) as watchdog:
+            for step in range(25):
+                time.sleep(0.1)
+                watchdog.beat(step)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(2.5)
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_beats_keep_the_watchdog_quiet(tmp_path: Path) -> None:
     with Watchdog(tmp_path, rank=0, minutes=0.6 / 60, exit_status=EXIT_HUNG) as watchdog:
         for step in range(12):
@@ -205,8 +220,18 @@ def test_a_full_disk_does_not_end_the_run(bench: Bench) -> None:
     assert job.wait() == [0], bench.log("full")
     failed = read_events(bench.folder / "full", "save_failed")
     assert [event["step"] for event in failed] == [3, 6]
-    assert "could not be saved" in bench.log("full")
+    assert bench.log("full").count("checkpoints cannot be written") == 1
     assert read_events(bench.folder / "full", "save")[-1]["step"] == 16
+
+
+def test_a_killed_data_worker_costs_a_sentence(bench: Bench) -> None:
+    job = bench.start("worker", "data.workers=1", "run.length=200 steps")
+    wait_for_step(bench, "worker", job, 2)
+    for worker in psutil.Process(job.processes[0].pid).children():
+        worker.kill()
+    assert job.wait() == [1], bench.log("worker")
+    assert "the run has ended: a decoding process is gone" in bench.log("worker")
+    assert "Traceback" not in bench.log("worker")
 
 
 def test_every_step_can_be_saved(bench: Bench) -> None:
@@ -225,6 +250,9 @@ def test_a_run_folder_that_is_deleted_is_noticed_and_the_last_state_is_kept(benc
     assert bench.log("deleted").count("is gone, deleted or moved") == 1
     assert "is made anew for the last state" in bench.log("deleted")
     assert newest_checkpoint(run_dir).name == "step-00000016"
+    steps = list(read_losses(run_dir))
+    assert steps == list(range(steps[0], 17))
+    assert list((run_dir / "tensorboard").iterdir()), "what TensorBoard shows of the steps after that is lost"
 
 
 def test_the_guard_judges_a_step_when_the_next_one_is_on_its_way(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from vitfreeze.config import Config, settings
-from vitfreeze.files import RecordFile
+from vitfreeze.files import RecordFile, Refusals
 
 logger = logging.getLogger("vitfreeze")
 
@@ -47,12 +47,14 @@ class TensorBoard:
     Args:
         folder: of the run's files, one for each start.
         start_step: steps taken before; what files of earlier starts say of later ones is not shown.
+        refusals: as for `RecordFile`.
     """
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
-        self._file = RecordFile(folder / f"{_next_board(folder)}.{socket.gethostname()}.{os.getpid()}")
+    def __init__(self, folder: Path, *, start_step: int, refusals: Refusals | None = None) -> None:
+        name = f"{_next_board(folder)}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordFile(folder / name, refusals=refusals)
         with suppress(OSError):  # `append` tells it
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
         self._add(Event(file_version="brain.Event:2", step=start_step))
         self._add(Event(session_log=SessionLog(status=SessionLog.START), step=start_step + 1))
 
@@ -65,14 +67,22 @@ class TensorBoard:
         self._add(Event(summary=summary.image(name, image_CHW, dataformats="CHW"), step=step))
 
     def close(self, status: int) -> None:
-        """Do nothing: everything is written already."""
+        """Try again to write what was refused, if anything; the rest is written already."""
+        self._make_folder()
+        self._file.flush()
 
     def _add(self, *events: Event) -> None:
         records = io.BytesIO()
         for event in events:
             event.wall_time = time.time()
             RecordWriter(records).write(event.SerializeToString())
+        self._make_folder()
         self._file.append(records.getvalue())
+
+    def _make_folder(self) -> None:
+        """Make the folder, also when the run folder was deleted and is there again."""
+        with suppress(OSError):  # `append` tells it
+            self._file.path.parent.mkdir(exist_ok=True)
 
 
 class WandbBoard:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitfreeze.evaluate import EvaluationData
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells say it
 EXAMPLES = {
     "pretrain": "paper data.train=shards/imagenet run.dir=runs/paper",
     "finetune": "finetune_b_100ep model.init_from=runs/paper data.train=shards/imagenet data.val=shards/imagenet",
@@ -43,6 +44,7 @@ EXAMPLES = {
     "bench": "step paper batch.global_size=8",
     "data": "shards/imagenet --workers 4",
     "step": "paper batch.global_size=8 --json",
+    "stages": "half batch.global_size=8",
     "freeze": "paper batch.global_size=8",
     "launches": "paper batch.global_size=8",
     "scaling": "paper batch.global_size=8",
@@ -54,7 +56,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand and exit: 0 done, 1 failed, 2 bad input, 75 stopped on request with everything saved."""
+    """Run a subcommand and exit: 0 done, 1 failed, 2 bad input, 75 stopped with everything saved, 130 by Ctrl-C."""
     parsed = parse_arguments(arguments)
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(parsed.verbosity)
@@ -66,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except KeyboardInterrupt:  # before training, which saves first
+        status = EXIT_INTERRUPTED
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise
@@ -408,7 +412,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _count_images(config: Config) -> int | None:
     """Return the number of training images, where that can be known; a recipe without data is planned without torch."""
-    if not config.data.train:
+    if not config.data.train_shards:
         return None
     from vitfreeze.data import count_training_images
 
@@ -491,6 +495,9 @@ def _add_bench(commands: Commands) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
     _add_bench_of_engine(parts, "step", _bench_step, help="time and memory of a recipe's step as more layers freeze")
+    _add_bench_of_engine(
+        parts, "stages", _bench_stages, help="what curriculum and freezing of a recipe save, and what the plan says"
+    )
     _add_bench_of_engine(parts, "freeze", _bench_freeze, help="seconds in which frozen layers leave, beside a step's")
     _add_bench_of_engine(
         parts, "launches", _bench_launches, help="kernels, host waits, collectives of a recipe's step, counted on a CPU"
@@ -534,10 +541,10 @@ def _add_bench_of_engine(parts: Commands, name: str, handler: Handler, *, help: 
     _add_recipe(parser)
     if name != "launches":
         parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
-    if name != "freeze":
+    if name not in ("freeze", "stages"):
         frozen = "numbers of frozen layers; 0 is always measured"
         parser.add_argument("--frozen", type=_parse_frozen, metavar="K,K,...", help=frozen)
-    if name == "step":
+    if name in ("step", "stages"):
         parser.add_argument("--threads", type=int, metavar="N", help="threads on a CPU (default: all cores)")
         clock = "wall, or processor on a CPU that others use too (default %(default)s)"
         parser.add_argument("--clock", default="wall", help=clock)
@@ -551,15 +558,27 @@ def _parse_frozen(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers with commas, as 0,3,12") from None
 
 
-def _bench_step(parsed: argparse.Namespace) -> int:
+def _set_threads(threads: int | None) -> None:
     import torch
 
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads is {threads}, expected at least 1")
+        torch.set_num_threads(threads)
+
+
+def _bench_stages(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.stages import format_stage_benchmark, run_stage_benchmark
+
+    _set_threads(parsed.threads)
+    result = run_stage_benchmark(_read_config(parsed), rounds=parsed.rounds, clock=parsed.clock)
+    return _print_result(result, format_stage_benchmark(result), as_json=parsed.json)
+
+
+def _bench_step(parsed: argparse.Namespace) -> int:
     from vitfreeze.bench.step import format_step_benchmark, run_step_benchmark
 
-    if parsed.threads is not None:
-        if parsed.threads < 1:
-            raise ValueError(f"--threads is {parsed.threads}, expected at least 1")
-        torch.set_num_threads(parsed.threads)
+    _set_threads(parsed.threads)
     result = run_step_benchmark(
         _read_config(parsed), frozen_layers=parsed.frozen, rounds=parsed.rounds, clock=parsed.clock
     )

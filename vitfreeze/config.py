@@ -122,10 +122,15 @@ _LONGEST_NUMBER, _LONGEST_QUOTE = 100, 300  # characters
 IN_RUN = "steps, epochs, fraction"  # a duration that can be counted in the steps of its run
 # Values that hold from a moment of the run until the next.
 Stages = tuple[tuple[Duration, float], ...]
+ShardNames = tuple[str, ...]
+ShardStages = tuple[tuple[Duration, ShardNames], ...]
+TrainShards = ShardNames | ShardStages
 _SCALE_WEIGHTS = "four numbers >= 0, not all 0, or such lists behind rising shares of the run: [share, [four numbers]]"
 _NOUNS = {
     "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Duration": "a duration",
     "Stages": "stages [[0, value], [share of the run or duration, value], ...] in rising order, or [] for none",
+    "TrainShards": "a text or a list of texts, or stages [[0, such], [share of the run or duration, such], "
+    "...] in rising order",
     "tuple[str, ...]": "a text or a list of texts", "tuple[float, float]": "two numbers",
     "tuple[float, float, float]": "three numbers",
 }  # fmt: skip
@@ -214,7 +219,10 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from and how they are cropped."""
 
-    train: tuple[str, ...] = option((), "training shards: a folder, a brace pattern, URLs, or a list", may_change=True)
+    train: TrainShards = option(
+        (), "training shards: a folder, a brace pattern, URLs, or a list; or stages of them, [[0, shards], [0.5, "
+        "shards]]: the same samples stored at other sizes", may_change=True,
+    )  # fmt: skip
     val: tuple[str, ...] = option((), "labelled validation shards, for k-NN and fine-tuning", may_change=True)
     workers: int = option(8, "decoding processes per rank", Range(0, 1024), may_change=True)
     prefetch: int = option(4, "batches that each worker keeps ready", AT_LEAST_1, may_change=True)
@@ -235,6 +243,18 @@ class DataConfig:
         "", "folder for fetched remote shards; default: the user's cache", may_change=True, is_path=True
     )
     cache_gigabytes: float = option(200.0, "size at which the oldest fetched shards go", ABOVE_0, may_change=True)
+
+    @property
+    def train_stages(self) -> ShardStages:
+        """The training shards of each stage; of the whole run, if they never change."""
+        if self.train and isinstance(self.train[0], tuple):
+            return self.train
+        return ((Duration(0, "fraction"), typing.cast(ShardNames, self.train)),)
+
+    @property
+    def train_shards(self) -> ShardNames:
+        """The training shards of the last stage, at whose size the run ends."""
+        return self.train_stages[-1][1]
 
     @property
     def colours(self) -> Colours:
@@ -643,13 +663,10 @@ def check_config(config: Config) -> None:
 def _check_curriculum(config: Config) -> None:
     between = Range(0, 1, open_low=True, open_high=True)
     ranges = {"img_size": AT_LEAST_1, "mask_ratio": between, "decoded_share": SHARE_ABOVE_0}
+    _check_order(config, "data.train", config.data.train_stages)
     for name, within in ranges.items():
         stages: Stages = getattr(config.curriculum, name)
-        begins = [begin for begin, _ in stages]
-        alike = len({begin.unit for begin in begins[1:]}) < 2  # others can be compared only in steps
-        rises = not alike or all(a.value < b.value for a, b in pairwise(begins))
-        if stages and (begins[0].value or not rises or any(begin.unit == "minutes" for begin in begins)):
-            raise config.error(f"curriculum.{name}", _NOUNS["Stages"])
+        _check_order(config, f"curriculum.{name}", stages)
         if not all(value in within for _, value in stages):
             raise config.error(f"curriculum.{name}", f"values {within}")
     sizes = [size for _, size in config.curriculum.img_size]
@@ -661,6 +678,15 @@ def _check_curriculum(config: Config) -> None:
             cell_sizes(img_size=int(size), patch_size=config.model.resolve().patch_size)
     except ValueError as error:
         raise config.error("curriculum.img_size", str(error)) from None
+
+
+def _check_order(config: Config, key: str, stages: Stages | ShardStages) -> None:
+    """Refuse stages that do not begin with 0 and rise, as far as that shows without the number of steps."""
+    begins = [begin for begin, _ in stages]
+    alike = len({begin.unit for begin in begins[1:]}) < 2  # others can be compared only in steps
+    rises = not alike or all(a.value < b.value for a, b in pairwise(begins))
+    if stages and (begins[0].value or not rises or any(begin.unit == "minutes" for begin in begins)):
+        raise config.error(key, _NOUNS["TrainShards" if key == "data.train" else "Stages"])
 
 
 def _check_model(config: Config) -> None:
@@ -792,9 +818,16 @@ def differing_settings(config: Config, other: Config, *, free: Collection[str] =
     """Return a line for each setting, but `free` ones, that a resumed run may not change and that differs."""
     lines = []
     for (key, mine, option_field), (_, theirs, _) in zip(settings(config), settings(other), strict=True):
-        if mine != theirs and key not in free and not option_field.metadata["may_change"]:
+        fixed = not option_field.metadata["may_change"] or (key == "data.train" and _moves_stages(config, other))
+        if mine != theirs and key not in free and fixed:
             lines.append(f"{key}: {_plain(theirs)!r} there, {_plain(mine)!r} now")
     return lines
+
+
+def _moves_stages(config: Config, other: Config) -> bool:
+    """Say whether shards that lie elsewhere now, as they may, would also be used at other steps."""
+    mine, theirs = ([begin for begin, _ in of.data.train_stages] for of in (config, other))
+    return mine != theirs and config.resume.other_data == "refuse"
 
 
 def overrides_between(config: Config, other: Config) -> list[str]:
@@ -925,6 +958,8 @@ def _plain(value: Any) -> Any:
 
 def _convert(value: Any, hint: Any, *, key: str) -> Any:
     """Convert a YAML value to the type of its field; raises ValueError whose text says what is allowed."""
+    if key == "data.train":
+        return _convert_shards(value)
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -980,6 +1015,18 @@ def _convert_stages(value: Any) -> Stages:
     if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 2 for row in value):
         raise ValueError(_NOUNS["Stages"])
     return tuple((Duration.parse(begin), _convert_number(of)) for begin, of in value)
+
+
+def _convert_shards(value: Any) -> TrainShards:
+    """Convert shards, or the shards of stages: the first item of a stage's pair is a number or a duration."""
+    if not (isinstance(value, list) and any(isinstance(item, list) for item in value)):
+        return typing.cast(ShardNames, _convert(value, ShardNames, key=""))
+    if not all(isinstance(row, list) and len(row) == 2 for row in value):
+        raise ValueError(_NOUNS["TrainShards"])
+    stages = tuple((Duration.parse(begin), _convert(names, ShardNames, key="")) for begin, names in value)
+    if not all(names for _, names in stages):
+        raise ValueError(f"{_NOUNS['TrainShards']}, none of them empty")
+    return stages
 
 
 def _convert_scale_weights(value: Any) -> tuple[tuple[float, tuple[float, ...]], ...]:

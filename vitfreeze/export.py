@@ -268,7 +268,9 @@ def _training_lines(pretrained: Pretrained, *, is_public: bool) -> list[str]:
     folder = checkpoint.path.parent.parent
     rows = {
         "run": folder.name,
-        "data": ", ".join(place.rstrip("/").rpartition("/")[2] if is_public else place for place in config.data.train),
+        "data": ", ".join(
+            place.rstrip("/").rpartition("/")[2] if is_public else place for place in config.data.train_shards
+        ),
         "length": f"{config.run.length}, of which {checkpoint.step} steps were taken",
         "state": "finished" if pretrained.is_finished else "NOT FINISHED",
         "global batch": str(config.batch.global_size),

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from vitfreeze.text import find_nearest
 
 logger = logging.getLogger("vitfreeze")
 MOST_JSON_BYTES = 64 << 20
+QUIET_SECONDS = 600  # for which a reason is not told again
 
 
 @contextmanager
@@ -139,20 +141,49 @@ def _replace_infinite(value: Any) -> Any:
     return [_replace_infinite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+class Refusals:
+    """Tells of a full disk once, however many files it concerns and however often it has room in between."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}  # when each reason was last met
+
+    def note(self, what: str, *, reason: str) -> None:
+        """Note that the system refused something; warn, unless it did for the same reason in the last 10 minutes."""
+        now = time.monotonic()
+        known = next((seen for seen in self._seen if seen in reason or reason in seen), reason)
+        is_news = now - self._seen.get(known, -math.inf) > QUIET_SECONDS
+        self._seen[known] = now
+        if is_news:
+            logger.warning(
+                "%s cannot be written (%s); the run goes on, and writes what its logs and checkpoints lack as soon as "
+                "it can", what, reason,
+            )  # fmt: skip
+
+
 class RecordFile:
     """A file that whole records are appended to. Those that a full disk refuses wait until there is room.
 
     The system has every record as soon as `append` returns, so that a killed process loses none.
+
+    Args:
+        path: of the file.
+        refusals: where those of other files are noted, too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, refusals: Refusals | None = None) -> None:
         self.path = path
+        self._refusals = refusals or Refusals()
         self._waiting: list[bytes] = []
 
     def append(self, record: bytes) -> None:
-        """Append a record, after those that wait; never raises OSError, and warns once until it has succeeded."""
-        was_refused = bool(self._waiting)
+        """Append a record, after those that wait; never raises OSError, and warns as `Refusals` does."""
         self._waiting.append(record)
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to write the records that wait, if any."""
+        if not self._waiting:
+            return
         size = None
         try:
             with self.path.open("ab") as file:
@@ -163,8 +194,7 @@ class RecordFile:
             if size is not None:
                 with suppress(OSError):
                     os.truncate(self.path, size)  # no half record, on which the next one would be glued
-            if not was_refused:
-                logger.warning("%s cannot be written (%s); what it lacks waits for room", self.path, error.strerror)
+            self._refusals.note(str(self.path), reason=error.strerror or str(error))
 
 
 class LineFile(RecordFile):

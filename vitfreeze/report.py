@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vitfreeze.boards import Board, TensorBoard
-from vitfreeze.files import LineFile, trim_json_lines
+from vitfreeze.files import LineFile, Refusals, trim_json_lines
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
@@ -121,12 +121,16 @@ class Reporter:
 
     On resume at `start_step`, lines of later steps are cut from metrics.jsonl, and freezes after it from events.jsonl,
     because those steps will be taken again. Numbers and pictures also go to `boards` beside TensorBoard.
+
+    Attributes:
+        refusals: what of the run a full disk refuses.
     """
 
     def __init__(
         self, run_dir: Path, *, rank: int, start_step: int, total_steps: int, description: str = "pre-training",
         boards: Sequence[Board] = (),
     ) -> None:  # fmt: skip
+        self.refusals = Refusals()
         self._active = rank == 0
         if not self._active:
             return
@@ -135,8 +139,10 @@ class Reporter:
             run_dir / "events.jsonl",
             keep=lambda line: line.get("event") not in ("freeze", "adaptive_check") or line["step"] < start_step,
         )
-        self._metrics, self._events = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "events.jsonl")
-        self._boards = [TensorBoard(run_dir / "tensorboard", start_step=start_step), *boards]
+        self._metrics = LineFile(run_dir / "metrics.jsonl", refusals=self.refusals)
+        self._events = LineFile(run_dir / "events.jsonl", refusals=self.refusals)
+        board = TensorBoard(run_dir / "tensorboard", start_step=start_step, refusals=self.refusals)
+        self._boards = [board, *boards]
         self._total_steps, self._told = total_steps, 0.0
         self._has_terminal = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
         speaks = logger if logger.handlers else logging.getLogger()
@@ -180,8 +186,13 @@ class Reporter:
             board.add_image(name, image_CHW, step)
 
     def close(self, status: int = 0) -> None:
-        """End the bar and the boards, given the exit status of the run, and give the terminal back."""
+        """End the bar and the boards, given the exit status of the run, and give the terminal back.
+
+        All is written already but what was refused until now.
+        """
         if self._active:
+            for file in (self._metrics, self._events):
+                file.flush()
             self._bar.close()
             for board in self._boards:
                 board.close(status)

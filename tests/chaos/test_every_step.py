@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from driver import CURRICULUM
 from jobs import KILLED, Bench, Kill, newest_checkpoint, read_events, read_losses
 
 pytestmark = pytest.mark.distributed
@@ -35,3 +36,30 @@ def resume_at(bench: Bench, run: str, steps: range, *settings: str) -> None:
 
 def test_resume_at_steps_around_freezes(bench: Bench) -> None:
     resume_at(bench, "some", range(5, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("settings", [(), CURRICULUM], ids=["plain", "curriculum-and-wsd"])
+def test_resume_at_every_step(bench: Bench, settings: tuple[str, ...]) -> None:
+    resume_at(bench, f"every-{len(settings)}", range(1, 16), *settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_two_four_and_one_ranks(bench: Bench) -> None:
+    small = "batch.micro_size=2"
+    assert bench.run("alone", small) == [0], bench.log("alone")
+    for ranks, step in ((1, 3), (2, 6), (4, 9)):
+        job = bench.start("changing", small, ranks=ranks, kill=Kill(where="write_pointer", step=step))
+        job.processes[0].join(240)
+        job.kill()
+        assert job.processes[0].exitcode == KILLED, bench.log("changing")
+    assert bench.run("changing", small) == [0], bench.log("changing")
+    resumed = read_events(bench.folder / "changing", "resume")
+    assert [(event["step"], event["world_size"]) for event in resumed] == [(3, 1), (6, 2), (9, 4)]
+    mine, theirs = (read_losses(bench.folder / run) for run in ("changing", "alone"))
+    assert list(mine) == list(theirs)
+    for step, figures in theirs.items():
+        assert mine[step]["loss"] == pytest.approx(figures["loss"], rel=1e-5), f"step {step}"
+        assert (mine[step]["lr"], mine[step]["frozen_layers"]) == (figures["lr"], figures["frozen_layers"])

@@ -6,14 +6,23 @@ from vitfreeze.data.epoch_report import merge_reports
 from vitfreeze.data.errors import BadSampleError, ShardError
 from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.identity import ShardIdentity, describe_difference, identify_shards
-from vitfreeze.data.loading import Batch, EvalLoader, ReadOptions, TrainLoader, workers_needed
-from vitfreeze.data.normalization import normalize
+from vitfreeze.data.loading import (
+    Batch,
+    BatchShape,
+    EvalLoader,
+    ReadOptions,
+    TrainLoader,
+    describe_lost_worker,
+    workers_needed,
+)
+from vitfreeze.data.normalization import normalize, tabulate
 from vitfreeze.data.order import EpochOrder
 
 __all__ = [
     "BadSampleError",
     "Batch",
     "BatchMixing",
+    "BatchShape",
     "CenterCrop",
     "EpochOrder",
     "EvalLoader",
@@ -27,9 +36,11 @@ __all__ = [
     "check_labels",
     "count_training_images",
     "describe_difference",
+    "describe_lost_worker",
     "identify_shards",
     "merge_reports",
     "normalize",
     "open_split",
+    "tabulate",
     "workers_needed",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +56,7 @@ class RunGuard:
     ) -> None:
         self.config, self.engine, self.reporter = config, engine, reporter
         self.directory, self.saves, self.total_steps = directory, saves, total_steps
-        self._has_waited = self._was_refused = False
+        self._has_waited = False
         self._save_state = save_state
         self.writer = CheckpointWriter(
             directory, keep=config.checkpoint.keep, keep_until=keep_until, ranks=engine.ranks
@@ -166,9 +166,8 @@ class RunGuard:
             self._warn_of_slow_saves(done, seconds=time.monotonic() - began)
         if self.saves.last_saved == done:  # at the last step, or when a request to stop follows a save
             return
-        if wait and self.engine.rank == 0 and not self.directory.is_dir():
-            logger.warning("the run folder %s is gone; it is made anew for the last state of this job", self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
+        if wait:
+            self._ranks.from_rank_0(self._restore_folder)  # before any rank writes there
         self._save_state(self.writer, done)
         self.saves.note_start(done)
         if not wait:
@@ -180,6 +179,13 @@ class RunGuard:
                 f"the state after step {done} could not be saved ({report.error}); make room and start again: the run "
                 f"goes on from step {self.saves.last_saved}"
             )
+
+    def _restore_folder(self) -> None:
+        """Make a run folder anew that was deleted in mid-run, rather than lose the last state with it."""
+        if not self.directory.is_dir():
+            logger.warning("the run folder %s is gone; it is made anew for the last state of this job", self.directory)
+            with suppress(OSError):  # the save tells it
+                self.directory.mkdir(parents=True, exist_ok=True)
 
     def _warn_of_slow_saves(self, done: int, *, seconds: float) -> None:
         """Say, once, that training waits for the disk."""
@@ -193,14 +199,10 @@ class RunGuard:
     def _log_save(self, report: SaveReport | None) -> None:
         if report is None:
             return
-        was_refused, self._was_refused = self._was_refused, bool(report.error)
         self.saves.note_end(report)
         figures: dict[str, Any] = {"seconds": report.seconds, "stall_seconds": report.stall_seconds}
         if report.path is None:
-            if not was_refused:
-                logger.warning(
-                    "step %d could not be saved (%s); the run goes on and tries again", report.step, report.error
-                )
+            self.reporter.refusals.note("checkpoints", reason=report.error)
             self.reporter.log_event("save_failed", report.step, error=report.error, **figures)
             return
         message = (

@@ -17,7 +17,8 @@ class Watchdog:
 
     Before that, rank, step and the stack of every thread go to stderr and to `hang-rank-<rank>.txt` in the run folder.
     As ranks wait for each other, all their watchdogs bite within seconds; each then waits `grace_seconds`, so that
-    the launcher, which ends the other ranks when the first one is gone, does not silence them.
+    the launcher, which ends the other ranks when the first one is gone, does not silence them. Time for which the whole
+    process was stopped (SIGSTOP, `scontrol suspend`) does not count.
 
     Args:
         directory: the run folder.
@@ -65,8 +66,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         limit = self.minutes * 60
-        while not self._over.wait(min(limit / 10, 5.0)):
-            if time.monotonic() - self._last_beat > limit:
+        pause, looked_at = min(limit / 10, 5.0), time.monotonic()
+        while not self._over.wait(pause):
+            now = time.monotonic()
+            late, looked_at = now - looked_at - pause, now
+            if late > pause:
+                self._last_beat += late
+            if now - self._last_beat > limit:
                 self._bite()
 
     def _bite(self) -> None:

@@ -52,9 +52,8 @@ def open_training(
     rendezvous = Rendezvous("start", launch=LaunchEnvironment.read(), timeout=join_timeout())
     with rendezvous.raise_on_all_ranks():
         loader, ds_config = open_all()
-    rendezvous.check_agreement(
-        run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config)
-    )
+    names, lengths = loader.all_shards()
+    rendezvous.check_agreement(run_facts(config, shards=names, lengths=lengths, ds_config=ds_config))
     return loader
 
 

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -118,10 +120,23 @@ class RunFolder:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ConfigError(
-                    f"another job trains in {self.directory}; wait for its end or give another run.dir"
-                ) from None
+                raise ConfigError(f"another job trains in {self.directory}{self._describe_owner()}") from None
             logger.warning("%s cannot be locked against a second job (%s)", self.directory, error)
+            return
+        with suppress(OSError):  # a full disk
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+
+    def _describe_owner(self) -> str:
+        """Say who holds the folder; its launcher may be gone, so that nobody knows of it any more."""
+        assert self._descriptor is not None
+        pid, _, host = os.pread(self._descriptor, 1000, 0).decode(errors="replace").partition(" ")
+        if not pid.isdecimal():
+            return "; wait for its end or give another run.dir"
+        return (
+            f": its rank 0 is process {pid} on {host}; wait for its end, let it save and stop (kill {pid} there), or "
+            "give another run.dir"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
