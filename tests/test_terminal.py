@@ -35,7 +35,7 @@ def test_vitfreeze_alone_lists_its_commands(capsys: pytest.CaptureFixture[str]) 
     assert all(f"\n    {name} " in listed for name in ("pretrain", "plan", "features", "doctor"))
 
 
-PARTS = ("data", "step", "freeze", "launches", "scaling")
+PARTS = ("data", "step", "freeze", "launches", "scaling", "gpu")
 
 
 @pytest.mark.parametrize("command", [f"bench {name}" if name in PARTS else name for name in cli.EXAMPLES])
