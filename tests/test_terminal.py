@@ -44,7 +44,7 @@ def test_how_much_is_heard_may_be_said_before_and_behind_the_command(words: str,
         assert cli.parse_arguments(line.split()).verbosity == verbosity
 
 
-PARTS = ("data", "step", "freeze", "launches", "scaling")
+PARTS = ("data", "step", "stages", "freeze", "launches", "scaling", "gpu")
 
 
 @pytest.mark.parametrize("command", [f"bench {name}" if name in PARTS else name for name in cli.EXAMPLES])

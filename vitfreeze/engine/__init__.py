@@ -2,7 +2,7 @@
 
 from vitfreeze.engine.freezing import EngineState, FreezeEvent, FreezingEngine
 from vitfreeze.engine.launch import join_ranks
-from vitfreeze.engine.settings import DeepSpeedSettings, best_ds_config, read_settings
+from vitfreeze.engine.settings import DeepSpeedSettings, best_ds_config, read_settings, supports
 from vitfreeze.engine.slices import STATE_KEYS, GroupState, SliceReader
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "best_ds_config",
     "join_ranks",
     "read_settings",
+    "supports",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from vitfreeze.config import ConfigError
 from vitfreeze.files import read_json
@@ -206,6 +207,13 @@ def complete_settings(
         "timers": {"throughput": {"enabled": False}},  # it makes the device wait twice in a micro-batch
         "log_level": "warning",
     }
+
+
+def supports(precision: str) -> bool:
+    """Return whether DeepSpeed takes fp32, bf16 or fp16 on this process's device."""
+    accelerator = get_accelerator()
+    supported = {"fp32": lambda: True, "bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    return bool(supported[precision]())
 
 
 def best_ds_config(device: torch.device) -> str:
