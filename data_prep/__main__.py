@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn, TypeAlias
 
 from data_prep.catalogue import ImageSet
-from data_prep.errors import InputError, OutputError
+from data_prep.errors import InputError, OutputError, suggest
 from data_prep.workers import default_workers
 
 SHOWN_PROBLEMS = 10  # of one shard
@@ -29,9 +31,13 @@ was when it is given again.
 """
 
 
+# The type that add_subparsers returns has no public name.
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vitfreeze-data",
         description="Turn ImageNet's archives, or any folder of images, into WebDataset shards.",
         epilog=EPILOG,
@@ -46,10 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
-
-
-def _add_imagenet(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_imagenet(commands: Commands) -> None:
     parser = commands.add_parser("imagenet", help="ImageNet from its archives, extracted folders or Kaggle's layout")
     parser.add_argument("--train", type=Path, metavar="PATH", help="ILSVRC2012_img_train.tar, or the extracted folder")
     parser.add_argument("--val", type=Path, metavar="PATH", help="ILSVRC2012_img_val.tar, or a folder")
@@ -63,7 +66,7 @@ def _add_imagenet(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_imagenet)
 
 
-def _add_folder(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_folder(commands: Commands) -> None:
     parser = commands.add_parser(
         "folder", help="any tree of images: a folder per class, or no classes; train/ and val/"
     )
@@ -75,7 +78,7 @@ def _add_folder(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_folder)
 
 
-def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_demo(commands: Commands) -> None:
     parser = commands.add_parser("demo", help="draw a small labelled data set, no download needed")
     _add_packing_options(parser, name="demo", samples_per_shard=64, workers=1)
     parser.add_argument(
@@ -85,14 +88,14 @@ def _add_demo(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run_demo)
 
 
-def _add_verify(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="check every checksum, count, label and image of a folder of shards")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of shards")
     _add_workers_option(parser, default_workers())
     parser.set_defaults(run=run_verify)
 
 
-def _add_describe(commands: Commands[argparse.ArgumentParser]) -> None:
+def _add_describe(commands: Commands) -> None:
     parser = commands.add_parser("describe", help="counts, balance of classes and sizes of images, as text and figure")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of shards")
     parser.add_argument("--png", type=Path, metavar="FILE", help="where to draw the figure (default DIR/describe.png)")
@@ -225,17 +228,43 @@ def _pack(read: Callable[[], ImageSet], options: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Meets a misspelt command with the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        super().error(message + (suggest(found[1], re.findall(r"\w+", found[2])) if found else ""))
+
+
+def _check_inputs(options: argparse.Namespace) -> None:
+    """Make sure that what is to be read is there; raises InputError with the nearest name that is."""
+    for name in ("train", "val", "devkit", "kaggle", "folder"):
+        path = getattr(options, name, None)
+        if path is not None and not path.exists():
+            there = os.listdir(path.parent) if path.parent.is_dir() else []
+            raise InputError(f"there is no {path}{suggest(path.name, there) or '.'}")
+
+
+def _set_up_logging() -> None:
+    """Say warnings and, where there is no terminal for a bar, how far a command is; there every line has its time."""
+    has_terminal = sys.stderr.isatty()
+    layout = "%(levelname)s: %(message)s" if has_terminal else "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=layout, datefmt="%Y-%m-%d %H:%M:%S")
+    logging.getLogger("data_prep").setLevel(logging.INFO)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
         exit status: 0, 1 when `verify` finds something wrong, 2 for bad input, 130 after Ctrl-C.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    _set_up_logging()
     options = build_parser().parse_args(arguments)
     try:
         if options.workers < 1:
             raise InputError(f"--workers must be at least 1, not {options.workers}.")
+        _check_inputs(options)
         return int(options.run(options))
     except (InputError, OutputError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 from jobs import KILLED, Bench, Kill, newest_checkpoint, read_events, read_losses
 from safetensors.torch import load_file
+from tiny_shards import write_shards
 
-from vitfreeze.config import Config, ConfigError, build_config, dump_config, load_config
+from vitfreeze.config import Config, ConfigError, build_config, differing_settings, dump_config, load_config
 from vitfreeze.planner import format_plan, plan
 from vitfreeze.planner.input import core_seconds_per_crop
 from vitfreeze.schedule import build_schedule
@@ -121,6 +123,20 @@ def test_the_cores_of_the_plan_are_those_that_were_measured() -> None:
     assert 1 / full == pytest.approx(measured, rel=0.01)
     assert 1.14 < full / small < 1.19
     assert core_seconds_per_crop(img_size=224, crops_per_image=2) < 0.75 * full, "one decoding for two crops"
+    smaller = core_seconds_per_crop(img_size=128, crops_per_image=1, stored_size=160)
+    assert 1.7 < small / smaller < 1.8, "decoding 160 pixels was measured at 0.36 of 288, in one process"
+
+
+def test_the_cores_of_the_plan_know_how_the_shards_are_stored(tmp_path: Path) -> None:
+    for size in (160, 288):
+        (tmp_path / str(size)).mkdir()
+        (tmp_path / str(size) / "manifest.json").write_text(json.dumps({"settings": {"resize_shorter": size}}))
+    staged = f"data.train=[[0, {tmp_path / '160'}], [0.5, {tmp_path / '288' / '0.tar'}]]"
+    sizes = "curriculum.img_size=[[0, 128], [0.5, 224]]"
+    planned, alone = (plan(load_config("off", [sizes, *more]), teraflops=100) for more in ([staged], []))
+    cores = [[stage.input_cores or 0 for stage in of.stages] for of in (planned, alone)]
+    assert 1.7 < cores[1][0] / cores[0][0] < 1.8
+    assert cores[1][1] == cores[0][1]
 
 
 @pytest.mark.distributed
@@ -176,3 +192,49 @@ def test_on_one_two_and_one_ranks_again_it_ends_to_the_bit(tmp_path: Path) -> No
     assert frozen[0] == 0 < frozen[2] < frozen[4]
     for step in (8, 12, 16):
         assert killed[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
+
+
+def test_shards_by_stages_are_read_checked_and_written_down(tmp_path: Path) -> None:
+    staged = configure(data__train=[[0, "small"], ["8 steps", ["a.tar", "b.tar"]]], freeze__mode="off")
+    assert staged.data.train_shards == ("a.tar", "b.tar")
+    run = build_schedule(staged, steps_per_epoch=10)
+    assert [run.at(step).images.shards for step in (0, 7, 8, 15)] == [-2, -2, -1, -1]
+    assert [step for step in range(16) if run.at(step).ends_stage] == [4, 7, 11]
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(staged))
+    assert load_config(path).data == staged.data
+    moved, alone = (configure(data__train=of, freeze__mode="off") for of in ([[0, "z"], ["8 steps", "c.tar"]], "a.tar"))
+    assert differing_settings(moved, staged) == []
+    assert "data.train" in differing_settings(alone, staged)[0], "other steps would see other pixels"
+    for value, told in (
+        ([[0, "a"], [0, "b"]], "in rising order"), ([[0.2, "a"]], "in rising order"), ([[0, []]], "none of them empty"),
+        ([[0, "a"], "b"], "or stages"), ([[0, "a"], ["16 steps", "b"]], "in the 16 steps of the run"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"data.train is .*{told}"):
+            build_schedule(configure(data__train=value), steps_per_epoch=10)
+
+
+@pytest.mark.distributed
+def test_shards_by_stages_are_resumed_to_the_bit(tmp_path: Path) -> None:
+    """Two sizes in which the same images are stored; other steps or other samples than before are refused."""
+    bench = Bench(tmp_path, checkpoint={"every": "1 steps"}, data={"workers": 1}, batch={"micro_size": 8})
+    small, other = tmp_path / "small", tmp_path / "other"
+    write_shards(small, [40, 40], size=(36, 27))
+    write_shards(other, [40, 40], size=(36, 27), first=1)
+    staged = f"data.train=[[0, {small}], [5 steps, {tmp_path / 'shards'}]]"
+    assert bench.run("plain") == [0], bench.log("plain")
+    assert bench.run("whole", staged) == [0], bench.log("whole")
+    for step in (4, 5):
+        job = bench.start("killed", staged, kill=Kill(where="update", step=step))
+        assert job.wait() == [KILLED], bench.log("killed")
+    late, strange = staged.replace("5 steps", "6 steps"), staged.replace(str(small), str(other))
+    for elsewhere, told in ((late, "other settings"), (strange, "the same samples")):
+        assert bench.run("killed", elsewhere) == [2]
+        assert told in bench.log("killed")
+    assert bench.run("killed", staged) == [0], bench.log("killed")
+    plain, whole = read_losses(bench.folder / "plain"), read_losses(bench.folder / "whole")
+    assert read_losses(bench.folder / "killed") == whole
+    assert whole[1]["loss"] != plain[1]["loss"]
+    event = read_events(bench.folder / "whole", "stage")[0]
+    assert (event["step"], event["shards"]) == (5, -1)
+    assert f"shards {tmp_path / 'shards'} from here on" in bench.log("whole")

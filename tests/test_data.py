@@ -10,7 +10,17 @@ import pytest
 import torch
 from tiny_shards import open_loader, write_shards
 
-from vitfreeze.data import Batch, EpochOrder, EvalLoader, ReadOptions, TrainLoader, normalize, workers_needed
+from vitfreeze.data import (
+    Batch,
+    BatchShape,
+    EpochOrder,
+    EvalLoader,
+    ReadOptions,
+    ShardError,
+    TrainLoader,
+    normalize,
+    workers_needed,
+)
 
 LENGTHS = [13, 7, 20, 0, 11, 9, 5]  # 65 samples
 
@@ -209,9 +219,9 @@ def test_a_stage_of_other_sizes_has_the_same_samples_and_boxes(
     make_loader: Callable[..., TrainLoader], workers: int
 ) -> None:
     """Sides and micro-batches change on the way without new workers; what is cropped of whom stays."""
-    shape_at = {0: (8, 8), 1: (8, 8), 2: (16, 4), 3: (16, 4)}.__getitem__
+    shape_at = [BatchShape(8, 8)] * 2 + [BatchShape(16, 4)] * 2
     loader = make_loader(workers=workers, img_size=16, global_batch=8, micro_batch=4)
-    staged = list(loader.batches(0, 4, shape_at=shape_at))
+    staged = list(loader.batches(0, 4, shape_at=shape_at.__getitem__))
     plain = list(make_loader(workers=0, img_size=16, global_batch=8, micro_batch=4).batches(0, 4))
     assert [tuple(batch.images.shape) for batch in staged] == [(8, 3, 8, 8)] * 2 + [(4, 3, 16, 16)] * 4
     assert [tuple(batch.noise.shape) for batch in staged] == [(8, 1)] * 2 + [(4, 4)] * 4
@@ -222,3 +232,45 @@ def test_a_stage_of_other_sizes_has_the_same_samples_and_boxes(
     small = torch.nn.functional.avg_pool2d(torch.cat([batch.images for batch in plain[:4]]).float(), 2)
     difference = torch.cat([batch.images for batch in staged[:2]]).float() - small
     assert difference.abs().mean() < 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_of_another_size_take_turns(shards: Path, tmp_path: Path, workers: int) -> None:
+    """Keys, labels, crops and noise are those of one set of shards; only the pixels come from the other."""
+    small = write_shards(tmp_path / "small", LENGTHS, size=(20, 15))
+    options = {"img_size": 16, "num_patches": 4, "global_batch": 8, "micro_batch": 8, "seed": 3}
+    options |= {"cache_dir": tmp_path / "cache", "window_shards": 3}
+    loader = open_loader(shards, **options, workers=workers, other_sizes=[str(small)])
+    names, lengths = loader.all_shards()
+    assert [Path(name).parent for name in names] == [small] * 7 + [shards] * 7
+    assert lengths == LENGTHS * 2
+    shapes = [BatchShape(16, 8, -2), BatchShape(16, 8), BatchShape(16, 8, -2), BatchShape(16, 8, -1)]
+    mixed = list(loader.batches(4, 8, shape_at=lambda step: shapes[step - 4]))
+    alone = {
+        folder: list(open_loader(folder, **options, workers=0).batches(4, 8)) for folder in (small, shards)
+    }  # fmt: skip
+    for number, batch in enumerate(mixed):
+        wanted = alone[shards if number % 2 else small][number]
+        assert batch.images.equal(wanted.images)
+        other = alone[small if number % 2 else shards][number]
+        assert not batch.images.equal(other.images)
+        for same in (wanted, other):
+            assert (batch.keys, batch.indices.tolist()) == (same.keys, same.indices.tolist())
+            assert batch.noise.equal(same.noise)
+
+
+def test_shards_of_other_samples_are_no_other_size(shards: Path, tmp_path: Path) -> None:
+    options = {"img_size": 16, "num_patches": 4, "global_batch": 8, "micro_batch": 8, "cache_dir": tmp_path / "cache"}
+    fewer, cut = write_shards(tmp_path / "fewer", [13, 7]), write_shards(tmp_path / "cut", [7, 13, 20, 0, 11, 9, 5])
+    for folder, held in ((fewer, "hold 20 in 2 shards"), (cut, "hold 65 in 7 shards")):
+        with pytest.raises(ShardError, match=f"{folder}.*{held}.*on 65 in 7, or cut otherwise"):
+            open_loader(shards, **options, other_sizes=[str(folder)])
+    swapped = write_shards(tmp_path / "swapped", LENGTHS, first=1)
+    for rank, place in (
+        (0, "sample 0 of .*train-0000.tar is s00001 with label 1, of .* s00000"),
+        (1, "train-0001.tar"),
+    ):
+        with pytest.raises(ShardError, match=place):
+            open_loader(
+                shards, **{**options, "micro_batch": 4}, other_sizes=[str(swapped)], rank=rank, world_size=2
+            )  # fmt: skip

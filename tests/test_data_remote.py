@@ -190,3 +190,11 @@ def test_sizes_json_is_read_where_info_is_missing(site: Site, make_loader: Calla
     loader = make_loader(site.url + "tiny-train-{0000..0003}.tar")
     assert loader.num_samples == 24
     assert not any(path.endswith(".tar") for path in site.requests)
+
+
+def test_samples_that_would_have_to_be_fetched_are_not_compared(
+    site: Site, make_loader: Callable[..., TrainLoader], tmp_path: Path
+) -> None:
+    here = write_shards(tmp_path / "here", [6, 6, 6, 6])
+    with pytest.raises(ShardError, match=f"so {site.url}.*tar and {here}.*tar must be files here"):
+        make_loader(here, other_sizes=[site.url])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny_shards import open_loader, write_shards
 
-from vitfreeze.data import Batch, TrainLoader, loading
+from vitfreeze.data import Batch, BatchShape, TrainLoader, loading
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.loading import bring_ahead
 
@@ -51,7 +51,7 @@ def make_loader(shards: Path, **settings: object) -> TrainLoader:
 @pytest.mark.distributed
 def test_nothing_is_begun_anew_where_the_images_change(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One ring and the same workers serve all sizes, and what the next stage begins with is under way before it."""
-    sizes = [(8, 4)] * 6 + [(16, 2)] * 4 + [(16, 4)] * 4
+    sizes = [BatchShape(8, 4)] * 6 + [BatchShape(16, 2)] * 4 + [BatchShape(16, 4)] * 4
     rings, asked = list[dict[str, int]](), Counter[int]()
 
     class CountedRing(loading.Ring):
@@ -59,7 +59,7 @@ def test_nothing_is_begun_anew_where_the_images_change(shards: Path, monkeypatch
             rings.append(options)
             super().__init__(**options)
 
-    def shape_at(step: int) -> tuple[int, int]:
+    def shape_at(step: int) -> BatchShape:
         asked[step] += 1  # once for the size of the ring, and again when its batch is ordered
         return sizes[step]
 
@@ -70,7 +70,7 @@ def test_nothing_is_begun_anew_where_the_images_change(shards: Path, monkeypatch
         workers |= {child.pid for child in multiprocessing.active_children()}
         assert asked[min(batch.step + 1, len(sizes) - 1)] == 2, "the next step's batches are ordered"
     assert (len(rings), len(workers)) == (1, 1)
-    assert seen == [(step, *size) for step, size in enumerate(sizes) for _ in range(4 // size[1])]
+    assert seen == [(step, *size[:2]) for step, size in enumerate(sizes) for _ in range(4 // size[1])]
 
 
 @pytest.mark.distributed

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitfreeze.config import RECIPE_FOLDER, load_config
-from vitfreeze.data import build_train_loader, normalize
+from vitfreeze.data import BatchShape, build_train_loader, normalize
 from vitfreeze.engine import join_ranks
 from vitfreeze.planner import plan
 from vitfreeze.schedule import build_schedule
@@ -165,7 +165,7 @@ def take_two_steps(recipe: str, folder: Path) -> Trained:
         now = schedule.at(step)
         assert now.frozen_layers == 0
         engine.set_learning_rates(now.learning_rates)
-        shape = now.images.img_size, engine.micro_batch
+        shape = BatchShape(now.images.img_size, engine.micro_batch)
         for batch in loader.batches(step, step + 1, shape_at=lambda _, shape=shape: shape):
             assert batch.images.shape[-1] == now.images.img_size
             output = engine(

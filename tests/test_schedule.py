@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitfreeze.config import Config, ConfigError, build_config
+from vitfreeze.extensions import BUILT_IN, FREEZING
 from vitfreeze.schedule import (
     CHECKS_PER_WINDOW,
-    POWERS,
     AdaptiveFreezing,
     CosineSchedule,
     FreezeSchedule,
@@ -25,6 +25,7 @@ from vitfreeze.schedule import (
     localmim_units,
 )
 
+HOWS = sorted(BUILT_IN[FREEZING])
 PAPER = {"num_layers": 13, "t_0": 0.8, "how": "cubic", "scale_lr": True, "base_lr": 1e-3}
 
 
@@ -43,7 +44,7 @@ def schedules(draw: st.DrawFn) -> FreezeSchedule:
     return FreezeSchedule(
         num_layers=num_layers,
         t_0=draw(st.one_of(st.floats(0.01, 1), st.sampled_from([0.5, 0.7, 0.75, 0.8, 0.9, 1.0]))),
-        how=draw(st.sampled_from(sorted(POWERS))),
+        how=draw(st.sampled_from(HOWS)),
         scale_lr=draw(st.booleans()),
         total_steps=total_steps,
         warmup_steps=draw(st.integers(0, total_steps - 1)),
@@ -120,7 +121,7 @@ def test_rates_are_continuous_at_the_end_of_warmup(schedule: FreezeSchedule, dat
 
 
 @settings(max_examples=25)
-@given(st.sampled_from([2, 5, 13, 25]), st.floats(0.3, 1), st.sampled_from(sorted(POWERS)), st.floats(1e-5, 1))
+@given(st.sampled_from([2, 5, 13, 25]), st.floats(0.3, 1), st.sampled_from(HOWS), st.floats(1e-5, 1))
 def test_scaled_layers_travel_alike(num_layers: int, t_0: float, how: str, base_lr: float) -> None:
     schedule = make(
         num_layers=num_layers, t_0=t_0, how=how, base_lr=base_lr, total_steps=20_000, warmup_steps=0, scale_lr=True
@@ -146,7 +147,7 @@ def test_a_share_that_ends_on_a_whole_step_trains_through_it() -> None:
     assert schedule.frozen_layers(51) == 1
 
 
-@pytest.mark.parametrize("how", sorted(POWERS))
+@pytest.mark.parametrize("how", HOWS)
 def test_t_0_of_one_freezes_nothing(how: str) -> None:
     schedule = make(t_0=1, how=how)
     assert schedule.frozen_layers(1000) == 0

@@ -10,12 +10,14 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from test_pretrain import ROOT, SMALL, launch
 
+from data_prep.__main__ import main as prepare
 from vitfreeze import cli
 from vitfreeze.evaluate import EvaluationData, evaluate_knn
 from vitfreeze.pretrained import read_pretrained
@@ -58,6 +60,17 @@ def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFix
         (["knn", "runs/tinny"], "did you mean 'runs/tiny'?"),
         (["config", "runs/tinny.yaml"], "did you mean 'runs/tiny.yaml'?"),
         (["bench", "stp"], "did you mean step?"),
+        (["plot", "runs/tinny"], "did you mean 'runs/tiny'?"),
+        (["report", "runs/tinny"], "did you mean 'runs/tiny'?"),
+        (["features", "timm:vit_tny_patch16_224", "tree.jpg", "-o", "x.npz"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["features", "runs/tiny", "tre.jpg", "-o", "x.npz"], "did you mean 'tree.jpg'?"),
+        (["features", "runs/tiny", "shard", "-o", "x.npz"], "did you mean 'shards'?"),
+        (["pretrain", "demo", "data.train=shard/photo"], "did you mean 'shards/photos'?"),
+        (
+            ["pretrain", "demo", "data.train=shards/photos/trian-{0..3}.tar"],
+            "did you mean 'shards/photos/train-0.tar'?",
+        ),
+        (["bench", "data", "shards/photoz"], "did you mean 'shards/photos'?"),
     ],
 )
 def test_misspelt_words_are_met_with_the_nearest(
@@ -68,9 +81,34 @@ def test_misspelt_words_are_met_with_the_nearest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    (tmp_path / "runs" / "tiny.yaml").touch()
+    (tmp_path / "shards" / "photos").mkdir(parents=True)
+    for name in ("runs/tiny.yaml", "tree.jpg", "shards/photos/train-0.tar"):
+        (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     assert call(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["foldr", "photos", "--out", "x"], "did you mean folder?"),
+        (["folder", "photoz", "--out", "x"], "there is no photoz; did you mean photos?"),
+        (["verify", "photo"], "there is no photo; did you mean photos?"),
+        (["imagenet", "--train", "elsewhere.tar", "--out", "x"], "there is no elsewhere.tar."),
+    ],
+)
+def test_the_packer_meets_misspelt_words_too(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with suppress(SystemExit):
+        assert prepare(arguments) == 2
     assert words in capsys.readouterr().err
 
 
@@ -103,11 +141,11 @@ def run(arguments: list[str], *, status: int = 0, **variables: str) -> str:
     return shown
 
 
-def run_on_terminal(arguments: list[str]) -> str:
-    """Run vitfreeze with its stderr on a terminal of 120 columns; return what came there."""
+def run_on_terminal(arguments: list[str], *, program: str = "vitfreeze") -> str:
+    """Run a program with its stderr on a terminal of 120 columns; return what came there."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "vitfreeze", *arguments]
+    command = [sys.executable, "-m", program, *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=alone()) as process:
         os.close(theirs)
         seen = b""
@@ -179,6 +217,17 @@ def test_other_ranks_say_nothing(demo_shards: Path, tmp_path: Path) -> None:
         assert shown.count(words) == 1
     for words in ("DeepSpeed", "Gloo", "Warning", "Rank 1"):
         assert words not in shown
+
+
+def test_packing_draws_a_bar_on_a_terminal_and_writes_dated_lines_elsewhere(tmp_path: Path) -> None:
+    arguments = ["demo", "--samples", "60", "--out", str(tmp_path / "shards")]
+    command = [sys.executable, "-m", "data_prep", *arguments]
+    shown = subprocess.run(command, env=alone(), capture_output=True, check=True).stderr.decode()
+    assert "\r" not in shown
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO packing: 60 of 60 img, .* MB/s\n", shown)
+    shown = run_on_terminal(["verify", str(tmp_path / "shards")], program="data_prep")
+    assert re.search(r"\rverifying: .*60/60", shown)
+    assert "INFO" not in shown
 
 
 SPEAKERS = """

@@ -29,18 +29,22 @@ def open_loader(shards: Any, **settings: Any) -> TrainLoader:
     return TrainLoader(shards, options=ReadOptions(**options), **settings)
 
 
-def write_shards(folder: Path, lengths: list[int], *, info: bool = True) -> Path:
-    """Shards whose sample i has key sIIIII, label i and a colour of its own, written by webdataset."""
+def write_shards(
+    folder: Path, lengths: list[int], *, info: bool = True, size: tuple[int, int] = (40, 30), first: int = 0
+) -> Path:
+    """Shards whose sample i, from `first`, has key sIIIII, label i and a colour of its own, written by webdataset."""
     folder.mkdir(parents=True, exist_ok=True)
-    number, names = 0, []
+    number, names = first, []
     for shard, length in enumerate(lengths):
         names.append(f"tiny-train-{shard:04d}.tar")
         with webdataset.TarWriter(str(folder / names[-1])) as writer:
             for _ in range(length):
                 color = (number * 37 % 200 + 55, number * 91 % 200 + 55, number * 53 % 200 + 55)
-                writer.write({"__key__": f"s{number:05d}", "jpg": jpeg_of(color), "cls": str(number), "json": {}})
+                writer.write(
+                    {"__key__": f"s{number:05d}", "jpg": jpeg_of(color, size=size), "cls": str(number), "json": {}}
+                )
                 number += 1
     if info:
-        split = {"name": "train", "num_samples": number, "filenames": names, "shard_lengths": lengths}
+        split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
         (folder / "_info.json").write_text(json.dumps({"name": "tiny", "splits": {"train": split}}))
     return folder

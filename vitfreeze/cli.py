@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vitfreeze import __version__
+from vitfreeze.files import suggest_path
 from vitfreeze.terminal import set_up_logging, wants_colour
 from vitfreeze.text import find_nearest, format_table
 from vitfreeze.threads import limit_threads
@@ -43,6 +44,7 @@ EXAMPLES = {
     "bench": "step paper batch.global_size=8",
     "data": "shards/imagenet --workers 4",
     "step": "paper batch.global_size=8 --json",
+    "stages": "half batch.global_size=8",
     "freeze": "paper batch.global_size=8",
     "launches": "paper batch.global_size=8",
     "scaling": "paper batch.global_size=8",
@@ -71,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
         if parsed.debug:
             raise
-        words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        words = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            meant = suggest_path(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
+            words = f"{error.strerror}: {error.filename}{meant}"
         if rank == 0 or isinstance(error, OSError):  # what is wrong with files may be wrong on one node only
             print(f"vitfreeze {parsed.command}: {words}", file=sys.stderr)
         status = EXIT_BAD_INPUT
@@ -285,12 +290,16 @@ def _add_export(commands: Commands) -> None:
     _add_weights(parser)
     parser.add_argument("--to", required=True, help="timm, safetensors, hf or torch")
     parser.add_argument("--out", help="file or folder; default: export/ in the run folder")
+    parser.add_argument("--push", default="", metavar="REPO", help="also send it to this repository of Hugging Face")
+    parser.add_argument("--private", action="store_true", help="a repository that is made is seen by its owner alone")
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from vitfreeze.export import export_run
 
-    print(export_run(parsed.weights, to=parsed.to, out=parsed.out))
+    if parsed.private and not parsed.push:
+        raise ValueError("--private is about the repository of --push, which is not given")
+    print(export_run(parsed.weights, to=parsed.to, out=parsed.out, push=parsed.push, private=parsed.private))
     return 0
 
 
@@ -398,7 +407,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _count_images(config: Config) -> int | None:
     """Return the number of training images, where that can be known; a recipe without data is planned without torch."""
-    if not config.data.train:
+    if not config.data.train_shards:
         return None
     from vitfreeze.data import count_training_images
 
@@ -507,6 +516,9 @@ def _add_bench(commands: Commands) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     _add_bench_data(parts)
     _add_bench_of_engine(parts, "step", _bench_step, help="time and memory of a recipe's step as more layers freeze")
+    _add_bench_of_engine(
+        parts, "stages", _bench_stages, help="what curriculum and freezing of a recipe save, and what the plan says"
+    )
     _add_bench_of_engine(parts, "freeze", _bench_freeze, help="seconds in which frozen layers leave, beside a step's")
     _add_bench_of_engine(
         parts, "launches", _bench_launches, help="kernels, host waits, collectives of a recipe's step, counted on a CPU"
@@ -550,10 +562,10 @@ def _add_bench_of_engine(parts: Commands, name: str, handler: Handler, *, help: 
     _add_recipe(parser)
     if name != "launches":
         parser.add_argument("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
-    if name != "freeze":
+    if name not in ("freeze", "stages"):
         frozen = "numbers of frozen layers; 0 is always measured"
         parser.add_argument("--frozen", type=_parse_frozen, metavar="K,K,...", help=frozen)
-    if name == "step":
+    if name in ("step", "stages"):
         parser.add_argument("--threads", type=int, metavar="N", help="threads on a CPU (default: all cores)")
         clock = "wall, or processor on a CPU that others use too (default %(default)s)"
         parser.add_argument("--clock", default="wall", help=clock)
@@ -567,15 +579,27 @@ def _parse_frozen(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers with commas, as 0,3,12") from None
 
 
-def _bench_step(parsed: argparse.Namespace) -> int:
+def _set_threads(threads: int | None) -> None:
     import torch
 
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads is {threads}, expected at least 1")
+        torch.set_num_threads(threads)
+
+
+def _bench_stages(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.stages import format_stage_benchmark, run_stage_benchmark
+
+    _set_threads(parsed.threads)
+    result = run_stage_benchmark(_read_config(parsed), rounds=parsed.rounds, clock=parsed.clock)
+    return _print_result(result, format_stage_benchmark(result), as_json=parsed.json)
+
+
+def _bench_step(parsed: argparse.Namespace) -> int:
     from vitfreeze.bench.step import format_step_benchmark, run_step_benchmark
 
-    if parsed.threads is not None:
-        if parsed.threads < 1:
-            raise ValueError(f"--threads is {parsed.threads}, expected at least 1")
-        torch.set_num_threads(parsed.threads)
+    _set_threads(parsed.threads)
     result = run_step_benchmark(
         _read_config(parsed), frozen_layers=parsed.frozen, rounds=parsed.rounds, clock=parsed.clock
     )

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize, cell_sizes, tap_blocks
+from vitfreeze.extensions import FREEZING, TARGETS, ExtensionError, list_names, pin_version
 from vitfreeze.files import suggest_path
 from vitfreeze.text import find_nearest
 
@@ -121,12 +122,15 @@ _LONGEST_NUMBER, _LONGEST_QUOTE = 100, 300  # characters
 IN_RUN = "steps, epochs, fraction"  # a duration that can be counted in the steps of its run
 # Values that hold from a moment of the run until the next.
 Stages = tuple[tuple[Duration, float], ...]
-# What freeze.how does to the straight line from t_0 to 1: the power that it is raised to.
-POWERS: Mapping[str, int] = types.MappingProxyType({"linear": 1, "squared": 2, "cubic": 3})
+ShardNames = tuple[str, ...]
+ShardStages = tuple[tuple[Duration, ShardNames], ...]
+TrainShards = ShardNames | ShardStages
 _SCALE_WEIGHTS = "four numbers >= 0, not all 0, or such lists behind rising shares of the run: [share, [four numbers]]"
 _NOUNS = {
     "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "Duration": "a duration",
     "Stages": "stages [[0, value], [share of the run or duration, value], ...] in rising order, or [] for none",
+    "TrainShards": "a text or a list of texts, or stages [[0, such], [share of the run or duration, such], "
+    "...] in rising order",
     "tuple[str, ...]": "a text or a list of texts", "tuple[float, float]": "two numbers",
     "tuple[float, float, float]": "three numbers",
 }  # fmt: skip
@@ -134,17 +138,18 @@ _NOUNS = {
 
 def option(
     default: T, help_text: str, within: Range | None = None, *, unit: str = "", choices: Sequence[str] = (),
-    may_change: bool = False, is_path: bool = False, is_permission: bool = False,
+    may_change: bool = False, is_path: bool = False, is_permission: bool = False, group: str = "",
 ) -> T:  # fmt: skip
     """Declare a setting with its one-line explanation and its rule, which is told nowhere else.
 
     Numbers lie `within` a range and count `unit`; a duration may be given in each `unit` of a list; a text is one of
-    `choices`. `may_change` settings may differ when a run is resumed. In a path a leading '~' is the user's home. Only
-    the command line of the very call can grant a permission: it is neither read from a file nor written into one.
+    `choices`, or a name of `group`, of which only what is to be run need be installed. `may_change` settings may differ
+    when a run is resumed. In a path a leading '~' is the user's home. Only the command line of the very call can grant
+    a permission: it is neither read from a file nor written into one.
     """
     metadata = {
         "help": help_text, "within": within, "unit": unit, "choices": choices, "may_change": may_change,
-        "is_path": is_path, "is_permission": is_permission,
+        "is_path": is_path, "is_permission": is_permission, "group": group,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -152,7 +157,8 @@ def option(
 def describe_allowed(option_field: dataclasses.Field[Any]) -> str:
     """Return what a setting may be, as in 'a number in (0, 1]'; it completes 'allowed: '."""
     rule, (kind, *optional) = option_field.metadata, str(option_field.type).split(" | ")
-    noun = f"one of {', '.join(rule['choices'])}" if rule["choices"] else _NOUNS.get(kind, _SCALE_WEIGHTS)
+    choices = rule["choices"] or (list_names(rule["group"]) if rule["group"] else ())
+    noun = f"one of {', '.join(choices)}" if choices else _NOUNS.get(kind, _SCALE_WEIGHTS)
     unit = f" ({rule['unit']})" if rule["unit"] else ""
     return f"{noun} {rule['within'] or ''}".rstrip() + unit + (", or null" if optional else "")
 
@@ -187,6 +193,7 @@ class ModelConfig:
     decoder_embed_dim: int | None = option(None, "override of the size table", AT_LEAST_1)
     decoder_depth: int | None = option(None, "override of the size table", AT_LEAST_1)
     decoder_num_heads: int | None = option(None, "override of the size table", AT_LEAST_1)
+    target: str = option("hog", "what the heads predict", group=TARGETS)
     hog_nbins: int = option(9, "orientation bins of the HOG targets (LocalMIM: 9; 18 for ViT-L)", AT_LEAST_1)
     hog_bias: bool = option(False, "random biases in the gradient filters, as in LocalMIM's ViT-L recipe")
     mask_ratio: float = option(
@@ -212,7 +219,10 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from and how they are cropped."""
 
-    train: tuple[str, ...] = option((), "training shards: a folder, a brace pattern, URLs, or a list", may_change=True)
+    train: TrainShards = option(
+        (), "training shards: a folder, a brace pattern, URLs, or a list; or stages of them, [[0, shards], [0.5, "
+        "shards]]: the same samples stored at other sizes", may_change=True,
+    )  # fmt: skip
     val: tuple[str, ...] = option((), "labelled validation shards, for k-NN and fine-tuning", may_change=True)
     workers: int = option(8, "decoding processes per rank", Range(0, 1024), may_change=True)
     prefetch: int = option(4, "batches that each worker keeps ready", AT_LEAST_1, may_change=True)
@@ -233,6 +243,18 @@ class DataConfig:
         "", "folder for fetched remote shards; default: the user's cache", may_change=True, is_path=True
     )
     cache_gigabytes: float = option(200.0, "size at which the oldest fetched shards go", ABOVE_0, may_change=True)
+
+    @property
+    def train_stages(self) -> ShardStages:
+        """The training shards of each stage; of the whole run, if they never change."""
+        if self.train and isinstance(self.train[0], tuple):
+            return self.train
+        return ((Duration(0, "fraction"), typing.cast(ShardNames, self.train)),)
+
+    @property
+    def train_shards(self) -> ShardNames:
+        """The training shards of the last stage, at whose size the run ends."""
+        return self.train_stages[-1][1]
 
     @property
     def colours(self) -> Colours:
@@ -281,7 +303,7 @@ class FreezeConfig:
         choices=("schedule", "adaptive", "off"),
     )
     t_0: float = option(0.8, "share of steps after warm-up that layer 0 trains, before `how` bends it", SHARE_ABOVE_0)
-    how: str = option("cubic", "how t_i bends from t_0 to 1 over the layers", choices=tuple(POWERS))
+    how: str = option("cubic", "how t_i rises from t_0 to 1 over the layers", group=FREEZING)
     rates: str = option(
         "cosine", "cosine: from a layer's initial rate to 0 at its t_i (paper); global: all layers as optim.schedule, "
         "until they leave; stable: level, then a decay before each t_i", choices=("cosine", "global", "stable"),
@@ -339,7 +361,10 @@ class RunConfig:
     ds_config: str = option("", "DeepSpeed JSON: precision, ZeRO stage, communication", may_change=True, is_path=True)
     log_every_steps: int = option(20, "steps between lines of metrics.jsonl", AT_LEAST_1, may_change=True)
     show_every: Duration = option(
-        Duration(0.1, "fraction"), "how often TensorBoard gets reconstructions; 0: never", unit=IN_RUN, may_change=True
+        Duration(0.1, "fraction"), "how often boards get reconstructions; 0: never", unit=IN_RUN, may_change=True
+    )
+    wandb: str = option(
+        "", "project of Weights & Biases, or entity/project, that the run is shown in as well", may_change=True
     )
     max_skipped_steps: int = option(50, "fp16 overflows in a row before the run ends", AT_LEAST_1, may_change=True)
     watchdog_minutes: float = option(
@@ -480,7 +505,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = _compose_yaml(text, f"the override {_shorten(override)!r}")
             value = None if node is None else yaml.SafeLoader("").construct_object(node, deep=True)
         values[key.strip()] = (value, COMMAND_LINE)
-    return build_config(values, recipe=path.stem)
+    return pin_extensions(build_config(values, recipe=path.stem))
 
 
 def load_run_config(path: Path) -> Config:
@@ -528,6 +553,23 @@ def build_config(values: Mapping[str, tuple[Any, str]], *, recipe: str) -> Confi
     parts = {name: type(getattr(Config(), name))(**given) for name, given in sections.items()}
     config = Config(**parts, recipe=recipe, origins={key: origin for key, (_, origin) in values.items()})
     check_config(config)
+    return config
+
+
+def pin_extensions(config: Config) -> Config:
+    """Return the settings with the versions of what other packages register; raises ConfigError for unknown names."""
+    for key, value, option_field in settings(config):
+        if group := option_field.metadata["group"]:
+            try:
+                pinned = pin_version(group, value)
+            except ExtensionError as error:
+                raise config.error(key, error.allowed) from None
+            section, _, name = key.partition(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: pinned})})
+    if config.model.target != "hog":
+        for key in ("model.hog_nbins", "model.hog_bias"):
+            if key in config.origins:
+                raise config.error(key, f"left out, because model.target is {config.model.target}, which is not HOG")
     return config
 
 
@@ -621,13 +663,10 @@ def check_config(config: Config) -> None:
 def _check_curriculum(config: Config) -> None:
     between = Range(0, 1, open_low=True, open_high=True)
     ranges = {"img_size": AT_LEAST_1, "mask_ratio": between, "decoded_share": SHARE_ABOVE_0}
+    _check_order(config, "data.train", config.data.train_stages)
     for name, within in ranges.items():
         stages: Stages = getattr(config.curriculum, name)
-        begins = [begin for begin, _ in stages]
-        alike = len({begin.unit for begin in begins[1:]}) < 2  # others can be compared only in steps
-        rises = not alike or all(a.value < b.value for a, b in pairwise(begins))
-        if stages and (begins[0].value or not rises or any(begin.unit == "minutes" for begin in begins)):
-            raise config.error(f"curriculum.{name}", _NOUNS["Stages"])
+        _check_order(config, f"curriculum.{name}", stages)
         if not all(value in within for _, value in stages):
             raise config.error(f"curriculum.{name}", f"values {within}")
     sizes = [size for _, size in config.curriculum.img_size]
@@ -639,6 +678,15 @@ def _check_curriculum(config: Config) -> None:
             cell_sizes(img_size=int(size), patch_size=config.model.resolve().patch_size)
     except ValueError as error:
         raise config.error("curriculum.img_size", str(error)) from None
+
+
+def _check_order(config: Config, key: str, stages: Stages | ShardStages) -> None:
+    """Refuse stages that do not begin with 0 and rise, as far as that shows without the number of steps."""
+    begins = [begin for begin, _ in stages]
+    alike = len({begin.unit for begin in begins[1:]}) < 2  # others can be compared only in steps
+    rises = not alike or all(a.value < b.value for a, b in pairwise(begins))
+    if stages and (begins[0].value or not rises or any(begin.unit == "minutes" for begin in begins)):
+        raise config.error(key, _NOUNS["TrainShards" if key == "data.train" else "Stages"])
 
 
 def _check_model(config: Config) -> None:
@@ -770,9 +818,16 @@ def differing_settings(config: Config, other: Config, *, free: Collection[str] =
     """Return a line for each setting, but `free` ones, that a resumed run may not change and that differs."""
     lines = []
     for (key, mine, option_field), (_, theirs, _) in zip(settings(config), settings(other), strict=True):
-        if mine != theirs and key not in free and not option_field.metadata["may_change"]:
+        fixed = not option_field.metadata["may_change"] or (key == "data.train" and _moves_stages(config, other))
+        if mine != theirs and key not in free and fixed:
             lines.append(f"{key}: {_plain(theirs)!r} there, {_plain(mine)!r} now")
     return lines
+
+
+def _moves_stages(config: Config, other: Config) -> bool:
+    """Say whether shards that lie elsewhere now, as they may, would also be used at other steps."""
+    mine, theirs = ([begin for begin, _ in of.data.train_stages] for of in (config, other))
+    return mine != theirs and config.resume.other_data == "refuse"
 
 
 def overrides_between(config: Config, other: Config) -> list[str]:
@@ -903,6 +958,8 @@ def _plain(value: Any) -> Any:
 
 def _convert(value: Any, hint: Any, *, key: str) -> Any:
     """Convert a YAML value to the type of its field; raises ValueError whose text says what is allowed."""
+    if key == "data.train":
+        return _convert_shards(value)
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -958,6 +1015,18 @@ def _convert_stages(value: Any) -> Stages:
     if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 2 for row in value):
         raise ValueError(_NOUNS["Stages"])
     return tuple((Duration.parse(begin), _convert_number(of)) for begin, of in value)
+
+
+def _convert_shards(value: Any) -> TrainShards:
+    """Convert shards, or the shards of stages: the first item of a stage's pair is a number or a duration."""
+    if not (isinstance(value, list) and any(isinstance(item, list) for item in value)):
+        return typing.cast(ShardNames, _convert(value, ShardNames, key=""))
+    if not all(isinstance(row, list) and len(row) == 2 for row in value):
+        raise ValueError(_NOUNS["TrainShards"])
+    stages = tuple((Duration.parse(begin), _convert(names, ShardNames, key="")) for begin, names in value)
+    if not all(names for _, names in stages):
+        raise ValueError(f"{_NOUNS['TrainShards']}, none of them empty")
+    return stages
 
 
 def _convert_scale_weights(value: Any) -> tuple[tuple[float, tuple[float, ...]], ...]:

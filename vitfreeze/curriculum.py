@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vitfreeze.architecture import count_decoded, count_visible
-from vitfreeze.config import Config, ConfigError, Stages, StepCounts
+from vitfreeze.config import Config, ConfigError, Duration, StepCounts
 
 KEYS = ("img_size", "mask_ratio", "decoded_share")
 
@@ -21,12 +21,14 @@ class ImageStage:
         img_size: side of the images in pixels.
         mask_ratio: share of the patches that the encoder does not see.
         decoded_share: share of those that the heads reconstruct, other ones for every crop.
+        shards: which stage of `data.train` they are read from, counted from the end: -1 is the last.
     """
 
     first_step: int
     img_size: int
     mask_ratio: float
     decoded_share: float = 1.0
+    shards: int = -1
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,44 @@ def plain_stage(config: Config) -> ImageStage:
 
 
 def build_curriculum(config: Config, steps: StepCounts) -> Curriculum:
-    """Return the stages that `curriculum.*` asks for.
+    """Return the stages that `curriculum.*` and `data.train` ask for.
 
     Raises:
         ConfigError: stages that are out of order in this many steps, or with no patch to see or to reconstruct.
     """
     plain = plain_stage(config)
-    values = {key: dict(_count(config, key, steps)) or {0: getattr(plain, key)} for key in KEYS}
+    values: dict[str, dict[int, float]] = {
+        key: dict(_count(config, f"curriculum.{key}", getattr(config.curriculum, key), steps))
+        or {0: getattr(plain, key)}
+        for key in KEYS
+    }
+    begins = [begin for begin, _ in config.data.train_stages]
+    numbered = [(begin, number - len(begins)) for number, begin in enumerate(begins)]
+    values["shards"] = dict(_count(config, "data.train", numbered, steps))
     stages = []
     for first in sorted(set().union(*values.values())):
-        img_size, mask_ratio, decoded_share = (
-            [value for begin, value in values[key].items() if begin <= first][-1] for key in KEYS
-        )  # fmt: skip
+        img_size, mask_ratio, decoded_share, shards = (
+            [value for begin, value in by_step.items() if begin <= first][-1] for by_step in values.values()
+        )
         stage = ImageStage(
-            first_step=first, img_size=int(img_size), mask_ratio=mask_ratio, decoded_share=decoded_share
+            first_step=first, img_size=int(img_size), mask_ratio=mask_ratio, decoded_share=decoded_share,
+            shards=int(shards),
         )  # fmt: skip
         _check(config, stage)
         stages.append(stage)
     return Curriculum(tuple(stages))
 
 
-def _count(config: Config, key: str, steps: StepCounts) -> Iterator[tuple[int, float]]:
+def _count(
+    config: Config, key: str, stages: Iterable[tuple[Duration, float]], steps: StepCounts
+) -> Iterator[tuple[int, float]]:
     """Yield (first step, value) of each stage of a setting."""
-    stages: Stages = getattr(config.curriculum, key)
     last = -1
     for begin, value in stages:
         first = begin.to_steps(steps_per_epoch=steps.steps_per_epoch, total_steps=steps.total_steps)
         if not last < first < steps.total_steps:
             raise config.error(
-                f"curriculum.{key}",
+                key,
                 f"stages that begin one after another in the {steps.total_steps} steps of the run; {begin} is step "
                 f"{first}" + (f", behind {last}" if last >= 0 else ""),
             )

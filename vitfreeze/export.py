@@ -22,12 +22,14 @@ from vitfreeze import __version__
 from vitfreeze.architecture import ModelSize
 from vitfreeze.data.augmentation import CROP_PCT
 from vitfreeze.files import read_json_lines, replacing
+from vitfreeze.hub import HubError, push_files
 from vitfreeze.model import averaged_weights, to_timm
 from vitfreeze.model.local_mim import LAYER_NORM_EPS
 from vitfreeze.pretrained import Pretrained, read_pretrained
 
 logger = logging.getLogger("vitfreeze")
 FORMATS = ("timm", "safetensors", "hf", "torch")
+FOLDERS = ("timm", "hf")
 _COSTS = ("seconds", "share_of_time")
 _FIGURE_NAMES = {
     "linear": "linear probe",
@@ -50,7 +52,9 @@ _TO_HF = (
 )
 
 
-def export_run(location: str | Path, *, to: str, out: str | Path | None = None) -> Path:
+def export_run(
+    location: str | Path, *, to: str, out: str | Path | None = None, push: str = "", private: bool = False
+) -> Path:
     """Write the encoder, or the fine-tuned model, of a run for another tool; return the file or folder written.
 
     Args:
@@ -59,10 +63,13 @@ def export_run(location: str | Path, *, to: str, out: str | Path | None = None) 
             timm's names; hf: a folder for Hugging Face's ViTModel and ViTMAEModel; torch: a .pth file as MAE's and
             LocalMIM's fine-tuning reads it. Each comes with a model card.
         out: where to; by default `export/` in the run folder, or beside the file.
+        push: a repository of the Hugging Face Hub, to which the files are sent as well.
+        private: whether that repository, if it is new, is seen by its owner alone.
 
     Raises:
         ValueError: another format, weights that cannot be read, or a fine-tuned model for Hugging Face, whose ViT
             classifies by the class token and not by the mean of the patches.
+        HubError: the files are written, but could not be sent.
     """
     if to not in FORMATS:
         raise ValueError(f"--to is {to!r}, expected one of {', '.join(FORMATS)}")
@@ -75,28 +82,44 @@ def export_run(location: str | Path, *, to: str, out: str | Path | None = None) 
             "classify the mean of its patches: export it to timm"
         )
     target = Path(out) if out else _default_target(pretrained, to=to)
-    folder = target if to in ("timm", "hf") else target.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    is_folder = to in FOLDERS
+    (target if is_folder else target.parent).mkdir(parents=True, exist_ok=True)
+    written = _write_files(pretrained, to=to, target=target)
+    card = target / "README.md" if is_folder else target.with_suffix(".md")
+    card.write_text(write_model_card(pretrained, to=to, target=target), encoding="utf-8")
+    if push:
+        about = write_model_card(pretrained, to=to, target=target, hub=push).encode()
+        files: dict[str, Path | bytes] = {**{path.name: path for path in written}, "README.md": about}
+        try:
+            url = push_files(files, repo=push, message=f"Export of {_name_origin(pretrained)}", private=private)
+        except HubError as error:
+            raise HubError(f"{error}; the export itself is in {target}") from None
+        logger.info("%s holds the export", url)
+    return target
+
+
+def _write_files(pretrained: Pretrained, *, to: str, target: Path) -> list[Path]:
+    """Write weights and what describes them to machines; return the files."""
     weights = _exported_weights(pretrained)
     metadata = {
-        "format": "pt", "model_size": json.dumps(asdict(pretrained.size)), "origin": pretrained.origin,
+        "format": "pt", "model_size": json.dumps(asdict(pretrained.size)), "origin": _name_origin(pretrained),
         "colours": json.dumps(pretrained.colours),
     }  # fmt: skip
-    if to == "timm":
-        _save_atomically(weights, target / "model.safetensors", metadata=metadata)
-        _write_json(target / "config.json", timm_config(pretrained))
-    elif to == "hf":
-        _save_atomically(to_hugging_face(weights), target / "model.safetensors", metadata=metadata)
-        _write_json(target / "config.json", hugging_face_config(pretrained))
-        _write_json(target / "preprocessor_config.json", _hugging_face_preprocessing(pretrained))
-    elif to == "safetensors":
+    if to == "safetensors":
         _save_atomically(weights, target, metadata=metadata)
-    else:
+        return [target]
+    if to == "torch":
         with replacing(target) as temporary:
             torch.save({"model": weights}, temporary)
-    card = folder / "README.md" if folder == target else target.with_suffix(".md")
-    card.write_text(write_model_card(pretrained, to=to, target=target), encoding="utf-8")
-    return target
+        return [target]
+    named = to_hugging_face(weights) if to == "hf" else weights
+    _save_atomically(named, target / "model.safetensors", metadata=metadata)
+    described = {"config.json": hugging_face_config(pretrained) if to == "hf" else timm_config(pretrained)}
+    if to == "hf":
+        described["preprocessor_config.json"] = _hugging_face_preprocessing(pretrained)
+    for name, content in described.items():
+        _write_json(target / name, content)
+    return [target / name for name in ("model.safetensors", *described)]
 
 
 def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,19 +192,27 @@ def hugging_face_config(pretrained: Pretrained) -> dict[str, Any]:
     }
 
 
-def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
-    """Return the model card in Markdown: what it is, how to load it, how it was made, and what it measured."""
+def write_model_card(pretrained: Pretrained, *, to: str, target: Path, hub: str = "") -> str:
+    """Return the model card in Markdown: what it is, how to load it, how it was made, and what it measured.
+
+    A card for a repository of the `hub` begins with what the Hub reads, and names no path of this machine.
+    """
     size = pretrained.size
     kind = "classifier, fine-tuned from an encoder" if pretrained.is_classifier else "encoder, without a classifier,"
+    library = {"hf": "transformers"}.get(to, "timm")
+    task = "image-classification" if pretrained.is_classifier else "image-feature-extraction"
+    front = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "tags: [vitfreeze]", "---", ""]
     lines = [
+        *(front if hub else ()),
         f"# Vision Transformer, {size.depth} blocks of width {size.embed_dim}",
         "",
-        f"A {kind} pre-trained with LocalMIM. Written by vitfreeze {__version__} from {pretrained.origin}.",
+        f"A {kind} pre-trained with LocalMIM. Written by vitfreeze {__version__} from "
+        f"{_name_origin(pretrained) if hub else pretrained.origin}.",
         "",
         "## Loading",
         "",
         "```python",
-        *_loading_lines(pretrained, to=to, target=target),
+        *_loading_lines(pretrained, to=to, target=target, hub=hub),
         "```",
         "",
         f"Images: {pretrained.img_size} x {pretrained.img_size} pixels (shorter side resized bicubically to "
@@ -191,7 +222,7 @@ def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
         "",
         "## Training",
         "",
-        *_training_lines(pretrained),
+        *_training_lines(pretrained, is_public=bool(hub)),
         "",
         "## Precision",
         "",
@@ -200,7 +231,7 @@ def write_model_card(pretrained: Pretrained, *, to: str, target: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loading_lines(pretrained: Pretrained, *, to: str, target: Path) -> list[str]:
+def _loading_lines(pretrained: Pretrained, *, to: str, target: Path, hub: str) -> list[str]:
     pool = pretrained.global_pool
     arguments = {**timm_arguments(pretrained.size, img_size=pretrained.img_size), "num_classes": pretrained.num_classes}
     plain = [
@@ -208,20 +239,23 @@ def _loading_lines(pretrained: Pretrained, *, to: str, target: Path) -> list[str
         f'model = timm.create_model("{ARCHITECTURE}", global_pool="{pool}", **arguments)',
     ]
     if to == "timm":
-        return ["import timm", f'model = timm.create_model("local-dir:{target}", pretrained=True)']
-    if to == "safetensors":
-        load = f'model.load_state_dict(load_file("{target}"), strict=True)'
-        return ["import timm", "from safetensors.torch import load_file", *plain, load]
-    if to == "torch":
-        load = f'model.load_state_dict(torch.load("{target}", weights_only=True)["model"], strict=True)'
-        return ["import timm, torch", *plain, load]
+        where = f"hf-hub:{hub}" if hub else f"local-dir:{target}"
+        return ["import timm", f'model = timm.create_model("{where}", pretrained=True)']
+    if to == "hf":
+        load = f'model = ViTModel.from_pretrained("{hub or target}", add_pooling_layer=False)'
+        return ["from transformers import ViTModel", load]
+    file = f'hf_hub_download("{hub}", "{target.name}")' if hub else f'"{target}"'
+    load = f"load_file({file})" if to == "safetensors" else f'torch.load({file}, weights_only=True)["model"]'
     return [
-        "from transformers import ViTModel",
-        f'model = ViTModel.from_pretrained("{target}", add_pooling_layer=False)',
+        "import timm" if to == "safetensors" else "import timm, torch",
+        *(["from huggingface_hub import hf_hub_download"] if hub else ()),
+        *(["from safetensors.torch import load_file"] if to == "safetensors" else ()),
+        *plain,
+        f"model.load_state_dict({load}, strict=True)",
     ]
 
 
-def _training_lines(pretrained: Pretrained) -> list[str]:
+def _training_lines(pretrained: Pretrained, *, is_public: bool) -> list[str]:
     config, checkpoint = pretrained.config, pretrained.checkpoint
     if config is None or checkpoint is None:
         return [f"Not a run of vitfreeze: {pretrained.origin}. How it was trained is not recorded there."]
@@ -234,7 +268,9 @@ def _training_lines(pretrained: Pretrained) -> list[str]:
     folder = checkpoint.path.parent.parent
     rows = {
         "run": folder.name,
-        "data": ", ".join(config.data.train),
+        "data": ", ".join(
+            place.rstrip("/").rpartition("/")[2] if is_public else place for place in config.data.train_shards
+        ),
         "length": f"{config.run.length}, of which {checkpoint.step} steps were taken",
         "state": "finished" if pretrained.is_finished else "NOT FINISHED",
         "global batch": str(config.batch.global_size),
@@ -250,8 +286,7 @@ def _training_lines(pretrained: Pretrained) -> list[str]:
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-        f"All settings are in `{folder / 'config.yaml'}`.",
+        *([] if is_public else ["", f"All settings are in `{folder / 'config.yaml'}`."]),
     ]
 
 
@@ -289,6 +324,13 @@ def _exported_weights(pretrained: Pretrained) -> dict[str, Tensor]:
     is_classifier = pretrained.is_classifier
     weights = averaged_weights(pretrained.weights) if is_classifier else to_timm(pretrained.weights)
     return {name: tensor.float().contiguous() for name, tensor in weights.items()}
+
+
+def _name_origin(pretrained: Pretrained) -> str:
+    """Return where weights come from by names alone: the paths of a machine are no business of those who load them."""
+    checkpoint = pretrained.checkpoint
+    place = checkpoint.path.parent.parent if checkpoint is not None else Path(pretrained.location)
+    return pretrained.origin.replace(f"in {place}", place.name)
 
 
 def _default_target(pretrained: Pretrained, *, to: str) -> Path:

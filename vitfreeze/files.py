@@ -34,13 +34,19 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def suggest_path(path: Path) -> str:
-    """Return the end of a sentence about a path that is not there: its neighbour with the nearest name, if any."""
+    """Return the end of a sentence about a path that is not there: what stands beside it, or beside a folder above it
+    that is not there either, by the nearest name, if any."""
+    missing = path
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
     try:
-        there = [item.name for item in path.parent.iterdir()]
+        nearest = find_nearest(missing.name, [item.name for item in missing.parent.iterdir()])
     except OSError:
         return ""
-    nearest = find_nearest(path.name, there)
-    return f"; did you mean {str(path.with_name(nearest))!r}?" if nearest else ""
+    if not nearest:
+        return ""
+    whole = missing.with_name(nearest) / path.relative_to(missing)
+    return f"; did you mean {str(whole if whole.exists() else missing.with_name(nearest))!r}?"
 
 
 def write_durably(path: Path, data: bytes) -> None:

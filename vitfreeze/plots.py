@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitfreeze.architecture import FreezeUnit, count_layers
 from vitfreeze.config import Config, ConfigError, load_run_config
-from vitfreeze.files import read_json_lines
+from vitfreeze.files import read_json_lines, suggest_path
 from vitfreeze.planner import Comparison, Plan, compare_run, is_comparable, plan
 from vitfreeze.schedule import RunSchedule, build_schedule, units_of
 
@@ -58,8 +58,10 @@ def plot_run(run_dir: Path, path: Path) -> Path:
     """Draw what a run folder holds: losses, rates, frozen layers, speed, memory, the plan beside it; return `path`.
 
     Raises:
-        ConfigError: a suffix other than .png and .svg, or no metrics in the folder.
+        ConfigError: a suffix other than .png and .svg, no such folder, or no metrics in it.
     """
+    if not run_dir.is_dir():
+        raise ConfigError(f"there is no run folder {str(run_dir)!r}{suggest_path(run_dir)}")
     metrics = read_json_lines(run_dir / "metrics.jsonl")
     if not metrics:
         raise ConfigError(f"{run_dir} holds no metrics.jsonl with a logged step, so there is nothing to draw")

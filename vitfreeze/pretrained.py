@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
@@ -21,8 +22,10 @@ from vitfreeze.architecture import HEAD_SCALES, MODEL_SIZES, ModelSize
 from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
 from vitfreeze.config import Colours, Config
 from vitfreeze.data.normalization import IMAGENET
+from vitfreeze.extensions import make_target
 from vitfreeze.files import suggest_path
 from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
+from vitfreeze.text import find_nearest
 
 TIMM_PREFIX = "timm:"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -123,7 +126,8 @@ def build_encoder(pretrained: Pretrained, **options: Any) -> LocalMIM:
         options: further arguments of `LocalMIM`; those of our own run are the defaults.
 
     Raises:
-        ValueError: the weights are those of a classifier, or their shapes do not fit.
+        ValueError: the weights are those of a classifier, their shapes do not fit, or the target of their heads is not
+            installed.
     """
     if pretrained.is_classifier:
         weights = from_mae(_with_norm(encoder_weights(pretrained)))
@@ -132,7 +136,13 @@ def build_encoder(pretrained: Pretrained, **options: Any) -> LocalMIM:
     own: dict[str, Any] = {}
     if pretrained.config is not None and not pretrained.is_classifier:
         model = pretrained.config.model
-        own = {"hog_nbins": model.hog_nbins, "hog_bias": model.hog_bias, "mask_ratio": model.mask_ratio}
+        target = make_target(model.target)
+        own = {
+            "target": target,
+            "hog_nbins": model.hog_nbins,
+            "hog_bias": model.hog_bias,
+            "mask_ratio": model.mask_ratio,
+        }
     made = LocalMIM(**asdict(pretrained.size), img_size=pretrained.img_size, **{**own, **options})
     load_encoder(made, weights)
     return made
@@ -239,8 +249,13 @@ def _find_weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_timm(text: str) -> Pretrained:
     name = text.removeprefix(TIMM_PREFIX)
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}")
-    model = timm.create_model(name, pretrained=True, num_classes=0)
+        nearest = find_nearest(name, timm.list_models())
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except (HTTPError, OSError, RuntimeError) as error:  # huggingface_hub's, a full disk's, timm's
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"timm's weights of {name} cannot be fetched ({reason})") from None
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"timm's {name} is a {type(model).__name__}, expected a VisionTransformer")
     return _from_tensors(

@@ -1,4 +1,4 @@
-"""What a run tells: one progress bar, metrics.jsonl, events.jsonl, TensorBoard, images per second.
+"""What a run tells: one progress bar, metrics.jsonl, events.jsonl, boards, images per second.
 
 Only rank 0 writes. The run folder belongs to us, not to DeepSpeed, whose monitor is rebuilt with each engine.
 
@@ -9,28 +9,22 @@ state it holds.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import os
-import re
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import summary
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vitfreeze.files import LineFile, RecordFile, Refusals, trim_json_lines
+from vitfreeze.boards import Board, TensorBoard
+from vitfreeze.files import LineFile, Refusals, trim_json_lines
 from vitfreeze.ranks import Ranks
 
 logger = logging.getLogger("vitfreeze")
@@ -122,71 +116,20 @@ class WaitWatch:
         return self._in_a_row == self.patience
 
 
-class Board:
-    """A TensorBoard file, of the records that torch's SummaryWriter writes, but by the calling thread.
-
-    That writer keeps two minutes of records in a queue, which a killed run loses, and its thread dies of a full disk.
-
-    Args:
-        folder: of the run's files, one for each start.
-        start_step: steps taken before; what files of earlier starts say of later ones is not shown.
-        refusals: as for `RecordFile`.
-    """
-
-    def __init__(self, folder: Path, *, start_step: int, refusals: Refusals | None = None) -> None:
-        name = f"{_next_board(folder)}.{socket.gethostname()}.{os.getpid()}"
-        self._file = RecordFile(folder / name, refusals=refusals)
-        with suppress(OSError):  # `append` tells it
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        self._add(Event(file_version="brain.Event:2", step=start_step))
-        self._add(Event(session_log=SessionLog(status=SessionLog.START), step=start_step + 1))
-
-    def add_scalars(self, figures: Mapping[str, float], step: int) -> None:
-        """Add numbers by name."""
-        self._add(*(Event(summary=summary.scalar(name, value), step=step) for name, value in figures.items()))
-
-    def add_image(self, name: str, image_CHW: Tensor, step: int) -> None:
-        """Add a picture with values in [0, 1]."""
-        self._add(Event(summary=summary.image(name, image_CHW, dataformats="CHW"), step=step))
-
-    def _add(self, *events: Event) -> None:
-        records = io.BytesIO()
-        for event in events:
-            event.wall_time = time.time()
-            RecordWriter(records).write(event.SerializeToString())
-        self._make_folder()
-        self._file.append(records.getvalue())
-
-    def _make_folder(self) -> None:
-        """Make the folder, also when the run folder was deleted and is there again."""
-        with suppress(OSError):  # `append` tells it
-            self._file.path.parent.mkdir(exist_ok=True)
-
-    def flush(self) -> None:
-        """Try again to write what was refused, if anything."""
-        self._make_folder()
-        self._file.flush()
-
-
-def _next_board(folder: Path) -> str:
-    """Return the start of a file name behind all others: files are read in the order of names, and clocks jump back."""
-    names = (re.match(r"events\.out\.tfevents\.(\d+(\.\d{6})?)\.", path.name) for path in folder.glob("events.*"))
-    return f"events.out.tfevents.{max([time.time(), *(float(name[1]) + 1 for name in names if name)]):017.6f}"
-
-
 class Reporter:
     """Writes a run's figures into its folder and shows one progress bar; does nothing on ranks other than 0.
 
     On resume at `start_step`, lines of later steps are cut from metrics.jsonl, and freezes after it from events.jsonl,
-    because those steps will be taken again.
+    because those steps will be taken again. Numbers and pictures also go to `boards` beside TensorBoard.
 
     Attributes:
         refusals: what of the run a full disk refuses.
     """
 
     def __init__(
-        self, run_dir: Path, *, rank: int, start_step: int, total_steps: int, description: str = "pre-training"
-    ) -> None:
+        self, run_dir: Path, *, rank: int, start_step: int, total_steps: int, description: str = "pre-training",
+        boards: Sequence[Board] = (),
+    ) -> None:  # fmt: skip
         self.refusals = Refusals()
         self._active = rank == 0
         if not self._active:
@@ -198,7 +141,8 @@ class Reporter:
         )
         self._metrics = LineFile(run_dir / "metrics.jsonl", refusals=self.refusals)
         self._events = LineFile(run_dir / "events.jsonl", refusals=self.refusals)
-        self._board = Board(run_dir / "tensorboard", start_step=start_step, refusals=self.refusals)
+        board = TensorBoard(run_dir / "tensorboard", start_step=start_step, refusals=self.refusals)
+        self._boards = [board, *boards]
         self._total_steps, self._told = total_steps, 0.0
         self._has_terminal = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
         speaks = logger if logger.handlers else logging.getLogger()
@@ -215,11 +159,12 @@ class Reporter:
             self._bar.update()
 
     def log_metrics(self, step: int, **figures: Any) -> None:
-        """Write one object to metrics.jsonl, its numbers to TensorBoard, and the main ones beside the bar."""
+        """Write one object to metrics.jsonl, its numbers to the boards, and the main ones beside the bar."""
         if not self._active:
             return
         self._metrics.append_line({"step": step, **figures})
-        self._board.add_scalars(dict(flatten_numbers(figures)), step)
+        for board in self._boards:
+            board.add_scalars(dict(flatten_numbers(figures)), step)
         shown = {"loss": f"{figures['loss']:.4f}", "img/s": f"{figures['images_per_second']:.1f}"}
         shown["frozen"] = str(figures["frozen_layers"])
         self._bar.set_postfix(shown, refresh=False)
@@ -236,16 +181,21 @@ class Reporter:
             logger.info(message)
 
     def log_image(self, name: str, step: int, image_CHW: Tensor) -> None:
-        """Write a picture to TensorBoard; values in [0, 1]."""
-        if self._active:
-            self._board.add_image(name, image_CHW, step)
+        """Write a picture to the boards; values in [0, 1]."""
+        for board in self._boards if self._active else ():
+            board.add_image(name, image_CHW, step)
 
-    def close(self) -> None:
-        """End the bar and give the terminal back; all is written already but what was refused until now."""
+    def close(self, status: int = 0) -> None:
+        """End the bar and the boards, given the exit status of the run, and give the terminal back.
+
+        All is written already but what was refused until now.
+        """
         if self._active:
-            for file in (self._metrics, self._events, self._board):
+            for file in (self._metrics, self._events):
                 file.flush()
             self._bar.close()
+            for board in self._boards:
+                board.close(status)
             self._redirect.__exit__(None, None, None)
             self._active = False
 

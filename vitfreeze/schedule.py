@@ -20,7 +20,6 @@ from typing import Any
 
 from vitfreeze.architecture import FreezeUnit, active_heads, classifier_units, count_layers, localmim_units
 from vitfreeze.config import (
-    POWERS,
     ArgumentError,
     Config,
     Duration,
@@ -30,6 +29,7 @@ from vitfreeze.config import (
     count_steps,
 )
 from vitfreeze.curriculum import Curriculum, ImageStage, build_curriculum
+from vitfreeze.extensions import FREEZING, ExtensionError, load_extension
 
 # Below this share of the run a layer trains for less than one step of any run, and base_lr / t_i explodes.
 MIN_SHARE = 1e-12
@@ -97,15 +97,31 @@ class WsdSchedule:
         return self.min_lr + (self.base_lr - self.min_lr) * (self.total_steps - step) / self.cooldown_steps
 
 
+def linear(num_layers: int, t_0: float) -> list[float]:
+    """Return t_i on a straight line from t_0 at layer 0 to 1 at the last."""
+    last = num_layers - 1
+    return [t_0 + (1 - t_0) * layer / last for layer in range(last)] + [1.0]
+
+
+def squared(num_layers: int, t_0: float) -> list[float]:
+    """Return the squares of that line."""
+    return [share**2 for share in linear(num_layers, t_0)]
+
+
+def cubic(num_layers: int, t_0: float) -> list[float]:
+    """Return the cubes of that line (ViTFreeze's default)."""
+    return [share**3 for share in linear(num_layers, t_0)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FreezeSchedule:
     """FreezeOut on the layers of an encoder: layer i trains for a share t_i of the steps after warm-up.
 
     t_i runs linearly from t_0 at layer 0 to 1 at the last layer and is then squared, cubed or left as it is
-    (`how`; ViTFreeze, equation 1). Over its share the rate of layer i falls along half a cosine from its
-    initial rate to 0 (equation 2); the initial rate is base_lr / t_i if `scale_lr`, which makes the integral
-    of the rate the same for all layers, else base_lr. During the warm-up, which is not counted in the share,
-    it rises linearly from 0.
+    (`how`; ViTFreeze, equation 1), or is what another registered policy makes it. Over its share the rate of layer i
+    falls along half a cosine from its initial rate to 0 (equation 2); the initial rate is base_lr / t_i if `scale_lr`,
+    which makes the integral of the rate the same for all layers, else base_lr. During the warm-up, which is not counted
+    in the share, it rises linearly from 0.
 
     With `level` the rate stays at base_lr instead, and falls linearly to 0 over the last `decay_steps` of the share;
     with 0 of them the layer leaves at its full rate.
@@ -133,9 +149,7 @@ class FreezeSchedule:
 
     def __post_init__(self) -> None:
         self._check()
-        last, length = self.num_layers - 1, self.total_steps - self.warmup_steps
-        linear = [self.t_0 + (1 - self.t_0) * layer / last for layer in range(last)] + [1.0]
-        shares = tuple(share ** POWERS[self.how] for share in linear)
+        length, shares = self.total_steps - self.warmup_steps, self._ask_policy()
         ends = (math.floor(self.warmup_steps + share * length) + 1 for share in shares)
         object.__setattr__(self, "shares", shares)
         object.__setattr__(self, "_decay_steps", tuple(share * length for share in shares))
@@ -146,15 +160,26 @@ class FreezeSchedule:
         if self.num_layers < 2:
             raise ValueError(f"num_layers is {self.num_layers}, but a schedule needs a first and a last layer")
         check_argument("freeze.t_0", self.t_0)
-        check_argument("freeze.how", self.how)
         check_argument("optim.base_lr", self.base_lr)
         check_run_length(total_steps=self.total_steps, warmup_steps=self.warmup_steps)
         if self.total_steps < self.num_layers:
             raise ArgumentError(
                 "total_steps", self.total_steps, f"no fewer than the {self.num_layers} layers to schedule"
             )
-        if self.t_0 ** POWERS[self.how] < MIN_SHARE:
+
+    def _ask_policy(self) -> tuple[float, ...]:
+        """Return every layer's share, as the policy has it."""
+        try:
+            policy = load_extension(FREEZING, self.how)
+        except ExtensionError as error:
+            raise ArgumentError("how", self.how, error.allowed) from None
+        shares = tuple(policy(self.num_layers, self.t_0))
+        if len(shares) != self.num_layers or list(shares) != sorted(shares) or not shares[0] > 0 or shares[-1] != 1:
+            allowed = f"a policy that gives {self.num_layers} rising shares above 0, the last of them 1, not {shares}"
+            raise ArgumentError("how", self.how, allowed)
+        if shares[0] < MIN_SHARE:
             raise ArgumentError("t_0", self.t_0, f"a share that is at least {MIN_SHARE} after {self.how} bends it")
+        return shares
 
     def initial_rate(self, layer: int) -> float:
         """Return the rate that `layer` has at the end of the warm-up, its highest."""
@@ -510,7 +535,7 @@ def build_schedule(
     total, warmup = steps.total_steps, steps.warmup_steps
     shared: CosineSchedule | WsdSchedule
     layers, adaptive = None, None
-    keys = {"total_steps": "run.length", "min_lr": "optim.min_lr", "t_0": "freeze.t_0"}
+    keys = {"total_steps": "run.length", "min_lr": "optim.min_lr", "t_0": "freeze.t_0", "how": "freeze.how"}
     with config.attribute_errors({**keys, "window_steps": "freeze.adaptive_window"}, steps_per_epoch=steps_per_epoch):
         base_lr, min_lr = config.base_lr, config.optim.min_lr
         if config.optim.schedule == "wsd":

@@ -1,9 +1,10 @@
 """What a step asks of a GPU, counted on a CPU: kernels, waits of the host, collectives, bytes.
 
 A launch is an operation that torch dispatches, without those in `NOT_COUNTED`: views of memory, allocations, marks for
-the profiler. What only a CPU does is told apart: the check that images are finite, and the way to HOG's histograms
-that suits a CPU, in whose place the accelerator's is counted. Matrix products and attention are counted and not
-computed, so that every precision and size can be counted in seconds; nothing in a step hangs on their values.
+the profiler. What only a CPU does is told apart: the check that images are finite, and HOG's targets, in whose place
+the GPU's way to them is counted: its kernels on bytes or, where they do not serve, the plain version. Matrix products
+and attention are counted and not computed, so that every precision and size can be counted in seconds; nothing in a
+step hangs on their values.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.engine.counting import count_on_cpu
 from vitfreeze.model import hog
+from vitfreeze.model.targets import find_obstacle
 from vitfreeze.text import format_bytes, format_table
 
 PHASES = ("forward", "backward", "optimizer")
@@ -44,8 +46,9 @@ _FREE = _ALLOCATIONS | {"_unsafe_view", "lift_fresh", "is_pinned", "is_same_size
 _WAITS = frozenset(("_local_scalar_dense", "equal", "nonzero", "masked_select"))  # the host needs their result
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm"))
 _COPIES = frozenset(("copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "zeros", "zeros_like"))
-_CPU_ONLY = frozenset(function.__code__ for function in (hog.check_images, hog.histogram_by_scatter))
-_HOG = frozenset((inspect.unwrap(hog.hog_targets).__code__, hog.histogram_by_comparison.__code__))
+_PLAIN_HOG = inspect.unwrap(hog.hog_targets).__code__
+_CPU_ONLY = frozenset((hog.check_images.__code__, hog.histogram_by_scatter.__code__))
+_HOG = frozenset((_PLAIN_HOG, hog.histogram_by_comparison.__code__))
 
 
 @dataclass(kw_only=True)
@@ -82,6 +85,7 @@ class LaunchCount:
     zero_stage: int
     precision: str
     micro_batch: int
+    has_hog_kernel: bool
     not_counted: Mapping[str, str]
     rows: tuple[LaunchRow, ...]
 
@@ -89,16 +93,17 @@ class LaunchCount:
 class _Launches(TorchDispatchMode):
     """Adds every dispatched operation to a phase, and to the targets if it belongs to them."""
 
-    def __init__(self, phase: PhaseCount, targets: PhaseCount) -> None:
+    def __init__(self, phase: PhaseCount, targets: PhaseCount, *, has_hog_kernel: bool = False) -> None:
         super().__init__()
         self.phase, self.targets = phase, targets
+        self.cpu_only = _CPU_ONLY | {_PLAIN_HOG} if has_hog_kernel else _CPU_ONLY
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         output = _skip_product(name, args) if name in _PRODUCTS else func(*args, **(kwargs or {}))
         codes = _codes()
         for count in (self.phase, self.targets) if codes & _HOG else (self.phase,):
-            if codes & _CPU_ONLY:
+            if codes & self.cpu_only:
                 count.cpu_only += namespace != "profiler" and not _is_free(func, name)
             elif namespace in ("c10d", "_c10d_functional"):
                 _add(count.collectives, name.strip("_"))
@@ -188,26 +193,30 @@ def count_launches(config: Config, *, frozen_layers: Sequence[int] | None = None
     count_on_cpu(lambda: waits.append(f"synchronize in {_find_caller()}"))
     few = replace(config.batch, global_size=images, micro_size=images)
     engine, random_images = start_engine(replace(config, batch=few), rounds=1)
-    rows = tuple(_count_step(engine, random_images, k, waits) for k in prefixes)
+    obstacle = find_obstacle(engine.module.cell_sizes)
+    rows = tuple(_count_step(engine, random_images, k, waits, has_hog_kernel=obstacle is None) for k in prefixes)
     return LaunchCount(
         recipe=config.recipe,
         model=config.model.size,
         zero_stage=engine.settings.stage,
         precision=engine.settings.precision,
         micro_batch=images,
+        has_hog_kernel=obstacle is None,
         not_counted=NOT_COUNTED,
         rows=rows,
     )
 
 
-def _count_step(engine: FreezingEngine, images: Tensor, frozen_layers: int, waits: list[str]) -> LaunchRow:
+def _count_step(
+    engine: FreezingEngine, images: Tensor, frozen_layers: int, waits: list[str], *, has_hog_kernel: bool
+) -> LaunchRow:
     engine.freeze(frozen_layers, step=frozen_layers)
     noise = torch.rand(len(images), engine.module.num_patches)
 
     @contextmanager
     def counting(name: str) -> Iterator[None]:
         waits.clear()
-        with _HostCopies(phases[name]), _Launches(phases[name], targets):
+        with _HostCopies(phases[name]), _Launches(phases[name], targets, has_hog_kernel=has_hog_kernel):
             yield
         for what in waits:
             _add(phases[name].waits, what)
@@ -216,11 +225,14 @@ def _count_step(engine: FreezingEngine, images: Tensor, frozen_layers: int, wait
         phases, targets = {name: PhaseCount() for name in PHASES}, PhaseCount()
         with counting("forward"):
             loss = engine(images, noise=noise).loss
-            _count_histogram(engine, images)
+            if not has_hog_kernel:
+                _count_histogram(engine, images)
         with counting("backward"):
             engine.backward(loss)
         with counting("optimizer"):
             engine.step()
+    if has_hog_kernel:
+        _count_hog_kernel(engine, images, (phases["forward"], targets))
     counts = phases.values()
     return LaunchRow(
         frozen_layers=frozen_layers,
@@ -241,18 +253,42 @@ def _count_histogram(engine: FreezingEngine, images: Tensor) -> None:
     hog.histogram_by_comparison(planes, planes, cell_size=math.gcd(*cells), nbins=model.hog_nbins)
 
 
+def _count_hog_kernel(engine: FreezingEngine, images: Tensor, counts: Sequence[PhaseCount]) -> None:
+    """Add the kernels that make targets of bytes."""
+    from vitfreeze.model.hog_kernel import plan_launches
+
+    model = engine.module
+    launches, _ = plan_launches(
+        torch.empty(images.shape, dtype=torch.uint8, device="meta"),
+        cell_sizes=[model.cell_sizes[k] for k in active_heads(model.units, engine.frozen_layers)],
+        nbins=model.hog_nbins,
+        bias=model.hog_bias,
+        table=torch.empty(3, 256, device="meta"),
+    )
+    for launch in launches:
+        for count in counts:
+            count.launches += 1
+            count.bytes += launch.num_bytes
+            _add(count.operations, launch.kernel.__name__)
+
+
 def format_launch_count(result: LaunchCount) -> str:
     """Return the result as tables: launches by phase, and the lines that make the host wait."""
     head = [
         f"{result.recipe}: {result.model}, one rank, ZeRO stage {result.zero_stage}, {result.precision}, "
         f"one micro-batch a step; bytes are those of {result.micro_batch} images",
+        "HOG targets are made "
+        + ("by kernels of their own" if result.has_hog_kernel else "without a kernel of their own"),
         *(f"not counted: {what}: {which}" for what, which in result.not_counted.items()),
     ]
     rows = [["frozen", *PHASES, "launches", "of them HOG", "only on a CPU", "collectives", "host waits", "moved"]]
+    rows[0].append("by HOG")
     for row in result.rows:
         cells = [str(row.frozen_layers), *(str(row.phases[name].launches) for name in PHASES), str(row.launches)]
         cells += [str(row.targets.launches), str(sum(phase.cpu_only for phase in row.phases.values()))]
-        rows.append([*cells, str(row.collectives), str(row.waits), format_bytes(row.bytes)])
+        rows.append(
+            [*cells, str(row.collectives), str(row.waits), format_bytes(row.bytes), format_bytes(row.targets.bytes)]
+        )
     waits = [
         f"{row.frozen_layers} frozen, {name}: {count} x {what}"
         for row in result.rows

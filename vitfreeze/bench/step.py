@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,8 @@ from vitfreeze.bench.timing import (
     Clock,
     Conditions,
     StepSeconds,
+    check_clock,
+    choose_clock,
     describe_conditions,
     start_engine,
     time_call,
@@ -31,12 +32,10 @@ from vitfreeze.bench.timing import (
 )
 from vitfreeze.config import Config
 from vitfreeze.engine import FreezingEngine
-from vitfreeze.model import hog_targets
 from vitfreeze.model.local_mim import LAYER_NORM_EPS
 from vitfreeze.planner import costs_of, quartiles
 from vitfreeze.text import format_table
 
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 _UNIT_BLOCKS, _UNIT_BATCH, _UNIT_TOKENS, _UNIT_WIDTH, _UNIT_HEADS = 12, 8, 50, 768, 12
 
 
@@ -89,12 +88,11 @@ def run_step_benchmark(
         ConfigError: a setting cannot be used.
         ValueError: a clock, a length or a count that does not exist or makes no sense.
     """
-    if clock not in CLOCKS:
-        raise ValueError(f"clock {clock!r}: allowed are {', '.join(CLOCKS)}")
+    check_clock(clock)
     prefixes = choose_prefixes(frozen_layers, depth=config.model.resolve().depth)
     engine, images = start_engine(config, rounds=rounds)
-    clock = "wall" if engine.device.type == "cuda" else clock
-    bench = _Bench(engine, images, clock=CLOCKS[clock])
+    clock, read_clock = choose_clock(clock, device=engine.device)
+    bench = _Bench(engine, images, clock=read_clock)
     costs, rows = costs_of(config), list[StepRow]()
     for k in prefixes:
         row = bench.measure(k, rounds=rounds, warmup_rounds=warmup_rounds, start=rows[0] if rows else None)
@@ -164,10 +162,10 @@ class _Bench:
         )
 
     def time_targets(self) -> float:
-        """Return the seconds that the HOG targets of the living heads take in a step."""
+        """Return the seconds that the targets of the living heads take in a step."""
         model = self.engine.module
-        cells = [model.cell_sizes[k] for k in active_heads(model.units, self.engine.frozen_layers)]
-        call = partial(hog_targets, self.images, cell_sizes=cells, nbins=model.hog_nbins, bias=model.hog_bias)
+        heads = active_heads(model.units, self.engine.frozen_layers)
+        call = partial(model.make_targets, self.images, heads=heads)
         return self.engine.accumulation * time_call(call, device=self.engine.device, clock=self.clock)
 
     def time_unit(self) -> float:

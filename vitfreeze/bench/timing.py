@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -23,6 +24,7 @@ from vitfreeze.engine import FreezingEngine, join_ranks
 from vitfreeze.training.build import build_engine
 
 Clock = Callable[[], float]
+CLOCKS: Mapping[str, Clock] = MappingProxyType({"wall": time.perf_counter, "processor": time.process_time})
 LEARNING_RATE = 1e-4  # any will do: the time of a step does not depend on it
 
 
@@ -88,6 +90,18 @@ def start_engine(config: Config, *, rounds: int) -> tuple[FreezingEngine, Tensor
     return engine, torch.randn(engine.micro_batch, 3, side, side, device=engine.device)
 
 
+def check_clock(name: str) -> None:
+    """Refuse a clock that there is not; raises ValueError."""
+    if name not in CLOCKS:
+        raise ValueError(f"clock {name!r}: allowed are {', '.join(CLOCKS)}")
+
+
+def choose_clock(name: str, *, device: torch.device) -> tuple[str, Clock]:
+    """Return a clock and its name; on a GPU, which works beside the processor, always the wall's."""
+    name = "wall" if device.type == "cuda" else name
+    return name, CLOCKS[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSeconds:
     """Seconds of one step, and of its parts."""
@@ -101,11 +115,20 @@ class StepSeconds:
         return self.forward + self.backward + self.optimizer
 
 
-def time_step(engine: FreezingEngine, images: Tensor, *, clock: Clock = time.perf_counter) -> StepSeconds:
-    """Take one optimizer step of the engine, every micro-batch of which is `images`."""
+def time_step(
+    engine: FreezingEngine,
+    images: Tensor,
+    *,
+    clock: Clock = time.perf_counter,
+    treatment: Mapping[str, float] | None = None,
+) -> StepSeconds:
+    """Take one optimizer step of the engine, every micro-batch of which is `images`.
+
+    `treatment` is what the model is told of masks, such as its `mask_ratio`; what it does by itself, if None.
+    """
     marks = [mark(engine.device, clock)]
     for _ in range(engine.accumulation):
-        loss = engine(images, frozen_layers=engine.frozen_layers).loss
+        loss = engine(images, frozen_layers=engine.frozen_layers, **(treatment or {})).loss
         marks.append(mark(engine.device, clock))
         engine.backward(loss)
         marks.append(mark(engine.device, clock))

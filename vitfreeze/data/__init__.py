@@ -8,19 +8,21 @@ from vitfreeze.data.finetuning import BatchMixing, FinetuneTransform
 from vitfreeze.data.identity import ShardIdentity, describe_difference, identify_shards
 from vitfreeze.data.loading import (
     Batch,
+    BatchShape,
     EvalLoader,
     ReadOptions,
     TrainLoader,
     describe_lost_worker,
     workers_needed,
 )
-from vitfreeze.data.normalization import normalize
+from vitfreeze.data.normalization import normalize, tabulate
 from vitfreeze.data.order import EpochOrder, find_places
 
 __all__ = [
     "BadSampleError",
     "Batch",
     "BatchMixing",
+    "BatchShape",
     "CenterCrop",
     "EpochOrder",
     "EvalLoader",
@@ -40,5 +42,6 @@ __all__ = [
     "merge_reports",
     "normalize",
     "open_split",
+    "tabulate",
     "workers_needed",
 ]

@@ -32,12 +32,14 @@ def build_train_loader(
         ConfigError: a setting cannot be used.
         ShardError: the shards cannot be read.
     """
-    if not config.data.train:
+    if not config.data.train_shards:
         raise config.error("data.train", "a folder of shards, a brace pattern or URLs; make shards with data_prep")
     micro_batch, _ = derive_accumulation(config, world_size=world_size)
     data, model = config.data, config.model
+    *others, shards = (names for _, names in data.train_stages)
     return TrainLoader(
-        data.train,
+        shards,
+        other_sizes=others,
         img_size=model.img_size,
         num_patches=(model.img_size // model.resolve().patch_size) ** 2,
         global_batch=config.batch.global_size,
@@ -81,10 +83,11 @@ def count_training_images(config: Config) -> int | None:
 
     No shard is opened and nothing is fetched.
     """
-    if not config.data.train or any(is_remote(name) for name in config.data.train):
+    shards = config.data.train_shards
+    if not shards or any(is_remote(name) for name in shards):
         return None
     try:
-        lengths = find_shards(config.data.train, split="train").lengths
+        lengths = find_shards(shards, split="train").lengths
     except ShardError:
         return None
     known = [length for length in lengths if length is not None]

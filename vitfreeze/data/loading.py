@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +29,22 @@ from vitfreeze.data.downloads import DownloadCache, default_cache_dir
 from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_reports
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder, find_places
-from vitfreeze.data.shards import ShardReader, find_shards
+from vitfreeze.data.shards import ShardReader, check_same_samples, find_shards
 from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 
-# For a step: the side of its crops in pixels, and the images of a micro-batch.
-ShapeAt = Callable[[int], tuple[int, int]]
+
+class BatchShape(NamedTuple):
+    """What the batches of a step are: the side of the crops in pixels, the images of a micro-batch, the shards.
+
+    `shards` counts those that the loader was given, `other_sizes` first; -1 is the last.
+    """
+
+    img_size: int
+    micro_batch: int
+    shards: int = -1
+
+
+ShapeAt = Callable[[int], BatchShape]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,17 +166,9 @@ class _Loader:
         # A fork copies the locks that threads of CUDA and NCCL hold at that instant, and may wait for them for ever.
         # Workers of a forkserver, the default from Python 3.14 on, would outlive a main process that is killed.
         self.start_method = "spawn" if torch.cuda.is_available() or sys.platform != "linux" else "fork"
-        folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
-        self.shards = find_shards(shards, split=split, allow_pipe=options.allow_pipe)
-        self.reader = ShardReader(
-            self.shards,
-            downloads=DownloadCache(
-                folder / "shards", max_bytes=options.cache_gigabytes * 1e9, allow_pipe=options.allow_pipe
-            ),
-            index_dir=folder / "index",
-            num_classes=options.num_classes,
-            open_shards=open_shards,
-        )
+        self.reader = _open_reader(shards, split=split, options=options, open_shards=open_shards)
+        self.readers = [self.reader]
+        self.shards = self.reader.shards
         self.lengths = [self.reader.length(shard) for shard in range(len(self.shards.names))]
         is_here = not is_remote(self.shards.names[0])  # or it would have to be fetched first
         if options.num_classes is not None and is_here:
@@ -226,7 +230,7 @@ class _Loader:
             shared=workers > 0,
         )
         loader: DataLoader = DataLoader(
-            BatchMaker(plan, ring=ring, reader=self.reader, starts=self.starts),
+            BatchMaker(plan, ring=ring, readers=self.readers, starts=self.starts),
             sampler=enumerate(requests),
             batch_size=None,
             num_workers=workers,
@@ -250,7 +254,8 @@ class _Loader:
                 yield self._unload(ring, answer, begin)
         finally:
             del answers  # its end stops the workers, also on Ctrl-C and when the caller stops early
-            self.reader.close()
+            for reader in self.readers:
+                reader.close()
 
     def _unload(self, ring: Ring, answer: Answer, begin: float) -> Batch:
         """Copy an answer out of the ring, so that the batch may be kept as long as anyone likes."""
@@ -269,6 +274,21 @@ class _Loader:
             skipped=answer.skipped,
             fallbacks=answer.fallbacks,
         )
+
+
+def _open_reader(
+    shards: str | PathLike[str] | Sequence[str], *, split: str, options: ReadOptions, open_shards: int
+) -> ShardReader:
+    folder = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
+    return ShardReader(
+        find_shards(shards, split=split, allow_pipe=options.allow_pipe),
+        downloads=DownloadCache(
+            folder / "shards", max_bytes=options.cache_gigabytes * 1e9, allow_pipe=options.allow_pipe
+        ),
+        index_dir=folder / "index",
+        num_classes=options.num_classes,
+        open_shards=open_shards,
+    )
 
 
 class TrainLoader(_Loader):
@@ -296,10 +316,11 @@ class TrainLoader(_Loader):
         transform: replaces the random crop, for fine-tuning; `img_size` and `crop_scale` are then its own.
         split: which split of a folder's `_info.json`.
         options: how the shards are read.
+        other_sizes: shards of the very same samples, stored at other sizes, for steps whose `BatchShape` says so.
         window_shards: how many shards are shuffled together; see `EpochOrder`.
 
     Raises:
-        ShardError: a shard is missing or unusable.
+        ShardError: a shard is missing or unusable, or `other_sizes` hold other samples.
         ValueError: a micro-batch would part the crops of an image, or fewer samples than a global batch.
     """
 
@@ -319,6 +340,7 @@ class TrainLoader(_Loader):
         transform: Transform | None = None,
         split: str = "train",
         options: ReadOptions | None = None,
+        other_sizes: Sequence[str | PathLike[str] | Sequence[str]] = (),
         window_shards: int = 16,
     ) -> None:
         check_argument("run.seed", seed)
@@ -327,9 +349,16 @@ class TrainLoader(_Loader):
         self.world_size = world_size
         self.accumulation(micro_batch)
         self.micro_batch = micro_batch
+        open_shards = window_shards + 4
         super().__init__(
-            shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=window_shards + 4
+            shards, split=split, rank=rank, world_size=world_size, options=options, open_shards=open_shards
         )
+        others = [
+            _open_reader(names, split=split, options=self.options, open_shards=open_shards) for names in other_sizes
+        ]
+        for other in others:
+            check_same_samples(other, self.reader, shards=range(rank, len(self.lengths), world_size))
+        self.readers = [*others, self.reader]
         order = EpochOrder(self.lengths, seed=seed, window_shards=window_shards)
         self.steps_per_epoch = self.num_samples * crops_per_image // global_batch
         if not self.steps_per_epoch:
@@ -345,6 +374,10 @@ class TrainLoader(_Loader):
             crops_per_image=crops_per_image,
             replace_bad=True,
         )
+
+    def all_shards(self) -> tuple[list[str], list[int]]:
+        """Return the name and the number of samples of every shard, those of `other_sizes` first."""
+        return [name for reader in self.readers for name in reader.shards.names], self.lengths * len(self.readers)
 
     def accumulation(self, micro_batch: int) -> int:
         """Return how many micro-batches of a size make this rank's share of a global batch.
@@ -376,8 +409,8 @@ class TrainLoader(_Loader):
             start_step: first optimizer step, from 0.
             total_steps: the step to stop before.
             micro_batch: another size of micro-batch than the loader's, for the same global batches.
-            shape_at: returns, for a step, the side of its crops and its micro-batch, instead of one for all. Workers
-                know it as far ahead as they prefetch, so that nothing waits at a change.
+            shape_at: returns what the batches of a step are, instead of one shape for all. Workers know it as far ahead
+                as they prefetch, so that nothing waits at a change.
             device: bring the batches there, one ahead of the one that is asked for; None: leave them on the CPU.
 
         Raises:
@@ -391,8 +424,8 @@ class TrainLoader(_Loader):
         self.accumulation(largest)
         if shape_at is not None:
             shapes = {shape_at(step) for step in range(start_step, total_steps)}
-            largest = max((-(-size * pixels**2 // side**2) for pixels, size in shapes), default=largest)
-        requests = self._requests(start_step, total_steps, shape_at or (lambda step: (side, largest)))
+            largest = max((-(-shape.micro_batch * shape.img_size**2 // side**2) for shape in shapes), default=largest)
+        requests = self._requests(start_step, total_steps, shape_at or (lambda step: BatchShape(side, largest)))
         images = self.steps_per_epoch * self.global_batch // self.crops_per_image
         batches = self._serve(requests, largest=largest)
         for batch in batches if device is None else bring_ahead(batches, device):
@@ -402,13 +435,15 @@ class TrainLoader(_Loader):
 
     def _requests(self, start_step: int, total_steps: int, shape_at: ShapeAt) -> Iterator[Request]:
         for step in range(start_step, total_steps):
-            img_size, micro_batch = shape_at(step)
+            img_size, micro_batch, shards = shape_at(step)
             self.accumulation(micro_batch)
             for epoch, places in find_places(
                 step, steps_per_epoch=self.steps_per_epoch, global_batch=self.global_batch, micro_batch=micro_batch,
                 rank=self.rank, world_size=self.world_size,
             ):  # fmt: skip
-                yield Request(epoch=epoch, step=step, start=places.start, stop=places.stop, img_size=img_size)
+                yield Request(
+                    epoch=epoch, step=step, start=places.start, stop=places.stop, img_size=img_size, shards=shards
+                )  # fmt: skip
 
 
 class EvalLoader(_Loader):

@@ -40,3 +40,10 @@ def _affine(device: torch.device, colours: Colours) -> tuple[Tensor, Tensor]:
     mean_C, std_C = (torch.tensor(channels, dtype=torch.float64) for channels in colours)
     scale, shift = 1 / (255 * std_C), -mean_C / std_C
     return scale.float().view(1, 3, 1, 1).to(device), shift.float().view(1, 3, 1, 1).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def tabulate(device: torch.device, colours: Colours = IMAGENET) -> Tensor:
+    """Return what `normalize` makes of every byte of every channel: (3, 256) float32, kept."""
+    values = torch.arange(256, dtype=torch.uint8, device=device).expand(1, 3, 1, 256)
+    return normalize(values, colours=colours).view(3, 256)

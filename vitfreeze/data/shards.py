@@ -14,7 +14,7 @@ import logging
 import os
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,7 @@ import numpy as np
 from vitfreeze.data.addresses import Address, Kind, cut_query, expand_names, is_remote, read_address
 from vitfreeze.data.downloads import DownloadCache
 from vitfreeze.data.errors import BadSampleError, ShardError
-from vitfreeze.files import parse_json, replacing
+from vitfreeze.files import parse_json, replacing, suggest_path
 
 _log = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def _check_addresses(addresses: Sequence[Address]) -> None:
         raise ShardError(f"shard {cut_query(twice.name)} is listed twice, so an epoch would show its samples twice")
     for path in (address.target for address in addresses if address.kind is Kind.FILE):
         if not os.path.isfile(path):
-            raise ShardError(f"shard {path} does not exist{_describe_start(path)}")
+            raise ShardError(f"shard {path} does not exist{_describe_start(path)}{suggest_path(Path(path))}")
     if commands := [address.target for address in addresses if address.kind is Kind.COMMAND]:
         _log.info(
             "%d of %d shards are read from shell commands, which this command line allows and every later one must "
@@ -286,7 +286,7 @@ def _list_folder(folder: str, split: str) -> list[str]:
     if is_remote(folder):
         raise ShardError(f"{cut_query(base)} has no _info.json to list its shards; give a brace pattern of their URLs")
     if not os.path.isdir(folder):
-        raise ShardError(f"folder {folder} does not exist{_describe_start(folder)}")
+        raise ShardError(f"folder {folder} does not exist{_describe_start(folder)}{suggest_path(Path(folder))}")
     files = sorted(path.name for path in Path(folder).glob("*.tar") if path.is_file())
     if not files:
         raise ShardError(f"folder {folder} holds no *.tar file")
@@ -474,6 +474,12 @@ class ShardReader:
                 f"{index.keys[place]}: {self._describe_label(label)}"
             )
 
+    def samples_of(self, shard: int) -> list[tuple[str, int]]:
+        """Return key and label of every sample of a shard, usable or not; of those that are missing, '' and -1."""
+        index = self._enter(shard)[1]
+        missing = self.length(shard) - len(index)
+        return [*zip(index.keys, index.labels.tolist(), strict=True), *[("", -1)] * missing]
+
     def has_labels(self, shard: int) -> bool:
         """Say whether any sample of a shard has a label."""
         return bool((self._enter(shard)[1].labels >= 0).any())
@@ -555,6 +561,36 @@ class ShardReader:
                 raise
             _write_index(index, path)
         return index
+
+
+def check_same_samples(other: ShardReader, main: ShardReader, *, shards: Iterable[int]) -> None:
+    """Make sure that shards hold the samples of others, in the same order: keys and labels of all, in all `shards`.
+
+    Raises:
+        ShardError: they do not, or they would have to be fetched to know.
+    """
+    theirs, ours = (cut_query(reader.shards.names[0]) for reader in (other, main))
+    if any(is_remote(name) for reader in (other, main) for name in reader.shards.names):
+        raise ShardError(
+            f"data.train in stages compares all samples before the run, so {theirs} and {ours} must be files here"
+        )
+    counts = [[reader.length(shard) for shard in range(len(reader.shards.names))] for reader in (other, main)]
+    if counts[0] != counts[1]:
+        raise ShardError(
+            f"data.train in stages needs the same samples in the same order, and the shards from {theirs} on hold "
+            f"{sum(counts[0])} in {len(counts[0])} shards, those from {ours} on {sum(counts[1])} in {len(counts[1])}, "
+            "or cut otherwise; pack both with the same --samples-per-shard"
+        )
+    for shard in shards:
+        there, here = other.samples_of(shard), main.samples_of(shard)
+        place = next((place for place, pair in enumerate(zip(there, here, strict=True)) if pair[0] != pair[1]), None)
+        if place is not None:
+            names = [cut_query(reader.shards.names[shard]) for reader in (other, main)]
+            raise ShardError(
+                f"data.train in stages needs the same samples in the same order, and sample {place} of {names[0]} is "
+                f"{there[place][0]} with label {there[place][1]}, of {names[1]} {here[place][0]} with label "
+                f"{here[place][1]}"
+            )
 
 
 def _write_index(index: ShardIndex, path: Path) -> None:

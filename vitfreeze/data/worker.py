@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,17 @@ from vitfreeze.data.shards import Sample, ShardReader
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Crops start..stop of an epoch, of a side: crop c belongs to the image at place c // crops_per_image."""
+    """Crops start..stop of an epoch, of a side: crop c belongs to the image at place c // crops_per_image.
+
+    `shards` is the number of the reader, one for each size in which the images are stored; -1 is the last.
+    """
 
     epoch: int
     step: int
     start: int
     stop: int
     img_size: int
+    shards: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +93,10 @@ class BatchPlan:
 class BatchMaker(Dataset):
     """Answers requests, each with the slot to fill. Every worker process has a copy."""
 
-    def __init__(self, plan: BatchPlan, *, ring: Ring, reader: ShardReader, starts: np.ndarray) -> None:
+    def __init__(self, plan: BatchPlan, *, ring: Ring, readers: Sequence[ShardReader], starts: np.ndarray) -> None:
         self.plan = plan
         self.ring = ring
-        self.reader = reader
+        self.readers = readers
         self.starts = starts
         self._random = SampleRandom(plan.seed)
 
@@ -106,10 +111,11 @@ class BatchMaker(Dataset):
         slot = number % self.ring.slots
         images, noise_BL = self.ring.view(slot, count=request.stop - request.start, img_size=request.img_size)
         noise = noise_BL.numpy()
-        wanted = self._wanted(request)
+        reader = self.readers[request.shards]
+        wanted = self._wanted(request, reader)
         skipped, keys, used, row, fallbacks = list[SkippedSample](), list[str](), list[tuple[int, int]](), 0, 0
         for index, shard, place in wanted:
-            found = self._decode(index, shard, place, skipped)
+            found = self._decode(reader, index, shard, place, skipped)
             if found is None:
                 continue
             sample, used_index, image = found
@@ -133,7 +139,7 @@ class BatchMaker(Dataset):
             work_seconds=time.perf_counter() - begin,
         )
 
-    def _wanted(self, request: Request) -> list[tuple[int, int, int]]:
+    def _wanted(self, request: Request, reader: ShardReader) -> list[tuple[int, int, int]]:
         """Return (index, shard, place in the shard) of the request's samples, and let the system begin to read them."""
         first, last = request.start // self.plan.crops_per_image, request.stop // self.plan.crops_per_image
         if self.plan.order is None:
@@ -144,32 +150,30 @@ class BatchMaker(Dataset):
         wanted = list(zip(indices.tolist(), shards.tolist(), (indices - self.starts[shards]).tolist(), strict=True))
         for _, shard, place in wanted:
             try:
-                self.reader.expect(shard, self.reader.sample(shard, place))
+                reader.expect(shard, reader.sample(shard, place))
             except BadSampleError:
                 continue  # met again, and counted, when its turn comes
         return wanted
 
     def _decode(
-        self, index: int, shard: int, place: int, skipped: list[SkippedSample]
+        self, reader: ShardReader, index: int, shard: int, place: int, skipped: list[SkippedSample]
     ) -> tuple[Sample, int, DecodedImage] | None:
         """Decode a sample, or the next good one of its shard in its stead; None where nothing shall replace it.
 
         Raises:
             ShardError: no sample of the shard is usable.
         """
-        length = self.reader.length(shard)
+        length = reader.length(shard)
         for offset in range(length if self.plan.replace_bad else 1):
             there = (place + offset) % length
             try:
-                sample = self.reader.sample(shard, there)
-                return sample, index - place + there, decode_image(self.reader.read(shard, sample))
+                sample = reader.sample(shard, there)
+                return sample, index - place + there, decode_image(reader.read(shard, sample))
             except BadSampleError as error:
                 reason = str(error)
                 if not offset:  # those passed over in search of a substitute are counted where it is their turn
-                    name = cut_query(self.reader.shards.names[shard])
-                    skipped.append(
-                        SkippedSample(index=index, shard=name, key=self.reader.key(shard, place), reason=reason)
-                    )
+                    name = cut_query(reader.shards.names[shard])
+                    skipped.append(SkippedSample(index=index, shard=name, key=reader.key(shard, place), reason=reason))
         if not self.plan.replace_bad:
             return None
         raise ShardError(f"none of the {length} samples of shard {name} is usable (the last: {reason})")

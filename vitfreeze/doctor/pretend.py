@@ -21,6 +21,7 @@ from torch import Tensor
 from vitfreeze.config import Config, choose_task, derive_accumulation, find_ds_config
 from vitfreeze.curriculum import ImageStage
 from vitfreeze.data import (
+    BatchShape,
     EpochOrder,
     ShardError,
     TrainLoader,
@@ -157,7 +158,7 @@ class _Samples:
                 yield torch.randn(count, 3, images.img_size, images.img_size, generator=self.generator)
             return
         given: list[int] = []
-        shape = (images.img_size, micro_batch)
+        shape = BatchShape(images.img_size, micro_batch, images.shards)
         for batch in self.loader.batches(step, step + 1, shape_at=lambda _: shape):
             given += batch.indices.tolist()
             yield normalize(batch.images[:count], colours=self.config.data.colours)

@@ -131,7 +131,7 @@ def check_files(
         return dict.fromkeys(("shards", "run folder", "disk"), unseen("name a recipe to have it examined"))
     if need.images_per_second is None:
         shards = unseen("not read, because the batch does not divide")
-    elif not config.data.train:
+    elif not config.data.train_shards:
         shards = red("the recipe names none", cure="data.train=FOLDER")
     else:
         answers = rendezvous.gather(asdict(read_shards(config, rendezvous.launch, seconds=seconds)))
@@ -147,7 +147,7 @@ def read_shards(config: Config, launch: LaunchEnvironment, *, seconds: float) ->
     workers = config.data.workers
     try:
         loader = build_train_loader(config, rank=launch.rank, world_size=launch.world_size)
-        fingerprint = fingerprint_shards(loader.shards.names, loader.lengths)
+        fingerprint = fingerprint_shards(*loader.all_shards())
         rate = time_reading(loader, seconds=seconds)
     except (ValueError, OSError) as error:
         return ShardReading(fingerprint="", images_per_second=0.0, workers=workers, error=str(error))

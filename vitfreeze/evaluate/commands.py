@@ -144,7 +144,7 @@ def _choose_data(pretrained: Pretrained, data: EvaluationData) -> Config:
     config = pretrained.config or Config()
     chosen = replace(
         config.data,
-        train=data.train or config.data.train,
+        train=data.train or config.data.train_shards,
         val=data.val or config.data.val,
         workers=config.data.workers if data.workers is None else data.workers,
         allow_pipe=data.allow_pipe,

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vitfreeze.config import Config
 from vitfreeze.data import normalize, open_split
+from vitfreeze.data.addresses import is_remote
 from vitfreeze.data.decoding import IMAGE_SUFFIXES
 from vitfreeze.engine import join_ranks
 from vitfreeze.evaluate.visual import read_images
-from vitfreeze.files import replacing
+from vitfreeze.files import replacing, suggest_path
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, read_pretrained
 from vitfreeze.ranks import Ranks
@@ -64,11 +65,10 @@ def write_features(
         raise ValueError(f"--out is {str(out)!r}, but there is no folder {out.absolute().parent}")
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"--what is {', '.join(kinds)!r}, expected some of {', '.join(KINDS)}")
-    ranks = join_ranks()
+    files, ranks = find_image_files(sources), join_ranks()
     pretrained = read_pretrained(location)
     model = build_encoder(pretrained).to(ranks.device)
     chosen = tuple(sorted(set(blocks))) or (model.depth,)
-    files = find_image_files(sources)
     if files:
         parts = _read_files(files, img_size=model.img_size, ranks=ranks)
     else:
@@ -116,7 +116,7 @@ def find_image_files(sources: Sequence[str]) -> list[Path]:
     """Return the image files that are named, and those in folders without shards, sorted; [] if these are shards.
 
     Raises:
-        ValueError: files and shards are mixed, or a folder holds neither.
+        ValueError: an image is not there, files and shards are mixed, or a folder holds neither.
     """
     files: list[Path] = []
     are_files = []
@@ -124,10 +124,14 @@ def find_image_files(sources: Sequence[str]) -> list[Path]:
         path = Path(source).expanduser()
         if path.suffix.lower() in IMAGE_SUFFIXES:
             found = [path]
+            if not path.is_file():
+                raise ValueError(f"there is no image {source!r}{suggest_path(path)}")
         elif path.is_dir() and not (any(path.glob("*.tar")) or (path / "_info.json").is_file()):
             found = sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
                 raise ValueError(f"{source} holds neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor shards")
+        elif "{" not in source and not is_remote(source) and not path.exists():
+            raise ValueError(f"there is no image, folder or shard {source!r}{suggest_path(path)}")
         else:
             found = []
         are_files.append(bool(found))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,7 +63,8 @@ def make_panels(
     mask_BHW = _to_grid(masked_BL.float(), side=model.img_size).cpu()
     panels = [Panel("input", pixels), Panel("masked", torch.where(mask_BHW[..., None] > 0, 0.5, pixels))]
     for head, seen in heads.items():
-        panels += _panels_of_head(seen, scale=HEAD_SCALES[head], nbins=model.hog_nbins)
+        nbins = model.hog_nbins if model.target is None else None
+        panels += _panels_of_head(seen, scale=HEAD_SCALES[head], nbins=nbins)
     for block in tuple(blocks) or (model.depth,):
         attention_BL = class_attention(model, inputs, block=block)
         attention_BL = attention_BL / attention_BL.amax(dim=1, keepdim=True)
@@ -125,11 +127,24 @@ def _strokes(nbins: int, pixels: int) -> Tensor:
     return (1 - distance.abs()).clamp_min(0) * inside
 
 
-def _panels_of_head(seen: HeadPrediction, *, scale: float, nbins: int) -> list[Panel]:
-    """Return target and prediction of one scale; what the loss does not read of the prediction is dimmed."""
+def draw_first(targets_BTF: Tensor, *, least: Tensor, most: Tensor, cell_pixels: int) -> Tensor:
+    """Draw the first of the numbers of every cell, from black at `least` to white at `most`: (B, H, W) from 0 to 1."""
+    values_BT = (targets_BTF[..., 0].float() - least) / (most - least).clamp_min(1e-12)
+    return _to_grid(values_BT.clamp(0, 1), side=math.isqrt(values_BT.shape[1]) * cell_pixels)
+
+
+def _panels_of_head(seen: HeadPrediction, *, scale: float, nbins: int | None) -> list[Panel]:
+    """Return target and prediction of one scale; what the loss does not read of the prediction is dimmed.
+
+    With `nbins` they are HOG; of other targets the first number is drawn.
+    """
     cell_pixels = round(_GLYPH_PIXELS * HEAD_SCALES[0] / scale)
-    target = draw_hog(seen.targets, nbins=nbins, cell_pixels=cell_pixels).cpu()
-    prediction = draw_hog(seen.predictions, nbins=nbins, cell_pixels=cell_pixels).cpu()
+    if nbins is None:
+        first = seen.targets[..., 0].float()
+        draw = partial(draw_first, least=first.min(), most=first.max(), cell_pixels=cell_pixels)
+    else:
+        draw = partial(draw_hog, nbins=nbins, cell_pixels=cell_pixels)
+    target, prediction = draw(seen.targets).cpu(), draw(seen.predictions).cpu()
     masked = _to_grid(seen.weights.float(), side=prediction.shape[-1]).cpu()
     prediction = prediction * (0.35 + 0.65 * masked)
     return [Panel(f"target\n{scale:g}x", target), Panel(f"prediction\n{scale:g}x", prediction)]

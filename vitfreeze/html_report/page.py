@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitfreeze import __version__
 from vitfreeze.config import ConfigError
-from vitfreeze.files import replacing
+from vitfreeze.files import replacing, suggest_path
 from vitfreeze.html_report.figures import draw_frontier, draw_runs, read_cells
 from vitfreeze.html_report.runs import AXES, RunRecord, differing_settings, freezes_of, read_run
 from vitfreeze.text import format_bytes
@@ -69,7 +69,8 @@ def write_report(sources: Sequence[Path], path: Path) -> Path:
     runs, studies = [], []
     for source in sources:
         if not source.is_dir():
-            raise ConfigError(f"{source} is no folder; a report takes run folders, and folders of the study's cells")
+            takes = "a report takes run folders, and folders of the study's cells"
+            raise ConfigError(f"{source} is no folder; {takes}{suggest_path(source)}")
         cells = read_cells(source)
         if cells:
             studies.append((source, cells))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NORM_EPS = 1e-12
+NORM_EPS = 1e-12
 
 
 def check_images(images: Tensor) -> None:
@@ -158,4 +158,4 @@ def _normalize(histogram_PKRS: Tensor, *, cell_size: int) -> Tensor:
     """Scale every cell's mean histogram to unit length, with LocalMIM's guard against an empty one."""
     mean = histogram_PKRS / (cell_size * cell_size)
     length = (mean * mean).sum(dim=1, keepdim=True).sqrt_()
-    return mean / length.clamp_min_(_NORM_EPS)
+    return mean / length.clamp_min_(NORM_EPS)

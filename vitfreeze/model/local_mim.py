@@ -33,8 +33,10 @@ from vitfreeze.architecture import (
     localmim_units,
     tap_blocks,
 )
+from vitfreeze.extensions import Target
 from vitfreeze.model.frozen_block import run_frozen
-from vitfreeze.model.hog import check_images, hog_targets
+from vitfreeze.model.hog import check_images
+from vitfreeze.model.targets import Pixels, TargetMaker
 
 LAYER_NORM_EPS = 1e-6
 # A convolution with one input channel and a 3 x 3 kernel draws its bias from +-1/3 by default. Steps of 1/256 survive
@@ -361,6 +363,7 @@ class LocalMIM(nn.Module):
         scale_weights: one factor per head in the loss; all 1 by default.
         activation_checkpointing: recompute the active blocks of the encoder in the backward pass.
         hog_bias_seed: seed of the pair of hog_bias.
+        target: what the heads predict instead of HOG.
 
     Raises:
         ValueError: sizes that do not fit together, with the arithmetic.
@@ -389,8 +392,10 @@ class LocalMIM(nn.Module):
         scale_weights: Sequence[float] | None = None,
         activation_checkpointing: bool = False,
         hog_bias_seed: int = 0,
+        target: Target | None = None,
     ) -> None:
         super().__init__()
+        self.target, self.num_outputs = target, 3 * hog_nbins if target is None else target.num_outputs
         self.cell_sizes = cell_sizes(img_size=img_size, patch_size=patch_size)
         self.taps = tap_blocks(depth)
         _check_widths(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
@@ -409,6 +414,7 @@ class LocalMIM(nn.Module):
         }
         self.activation_checkpointing = activation_checkpointing
         self._grids: dict[tuple[int, torch.device], Grid] = {}
+        self._target_maker = TargetMaker()
         self.scale_weights = _check_scale_weights((1.0,) * len(self.taps) if scale_weights is None else scale_weights)
 
         norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
@@ -429,7 +435,7 @@ class LocalMIM(nn.Module):
                     mlp_ratio=mlp_ratio,
                     grid_size=self.grid_size,
                     scale=scale,
-                    num_outputs=3 * hog_nbins,
+                    num_outputs=self.num_outputs,
                 ),
             )
             for scale in HEAD_SCALES
@@ -455,6 +461,7 @@ class LocalMIM(nn.Module):
         images: Tensor,
         *,
         noise: Tensor | None = None,
+        pixels: Pixels | None = None,
         frozen_layers: int = 0,
         scale_weights: Sequence[float] | None = None,
         mask_ratio: float | None = None,
@@ -466,6 +473,7 @@ class LocalMIM(nn.Module):
             images: (B, 3, S, S), normalised; targets are computed from them in float32. S is img_size or any other
                 side that the patches and the coarsest cells divide; the weights are the same.
             noise: (B, L) in [0, 1): the patches with the smallest values stay visible. Drawn here when None.
+            pixels: what the images were normalised from, where that is at hand: targets are made of it in less time.
             frozen_layers: length of the frozen prefix, 0 to depth. Its parameters get no gradient whether or not
                 they require one, and heads on its blocks take no part.
             scale_weights: one factor per head for this step, instead of the model's.
@@ -485,7 +493,7 @@ class LocalMIM(nn.Module):
             masked = num_patches - num_visible
             raise ValueError(f"decoded_share is {decoded_share:g}, expected above 0 to 1, and a patch of {masked}")
         taps, ids_BL, targets = self._encode_visible(
-            images, noise=noise, frozen_layers=frozen_layers, num_visible=num_visible
+            images, noise=noise, pixels=pixels, frozen_layers=frozen_layers, num_visible=num_visible
         )  # fmt: skip
         ids_BL = ids_BL[:, : num_visible + decoded]
         weights = self.scale_weights if scale_weights is None else _check_scale_weights(scale_weights)
@@ -532,7 +540,13 @@ class LocalMIM(nn.Module):
         return [final(features[block].to(final.weight.dtype)) if norm else features[block] for block in wanted]
 
     def _encode_visible(
-        self, images: Tensor, *, noise: Tensor | None, frozen_layers: int, num_visible: int
+        self,
+        images: Tensor,
+        *,
+        noise: Tensor | None,
+        frozen_layers: int,
+        num_visible: int,
+        pixels: Pixels | None = None,
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """Return taps and targets of every active head, and the patches in the order of the noise (B, L)."""
         if not 0 <= frozen_layers <= self.depth:
@@ -543,8 +557,7 @@ class LocalMIM(nn.Module):
         if noise.shape != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}")
         heads = active_heads(self.units, frozen_layers)
-        cells = [self.cell_sizes[k] for k in heads]
-        targets = hog_targets(images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias)
+        targets = self.make_targets(images, heads=heads, pixels=pixels)
         ids_BL = noise.argsort(dim=1, stable=True)
         tokens_BND = self._embed(images, ids_BL[:, :num_visible], frozen_layers=frozen_layers)
         outputs = self._run_blocks(tokens_BND, frozen_layers=frozen_layers, wanted=[self.taps[k] for k in heads])
@@ -552,6 +565,21 @@ class LocalMIM(nn.Module):
         dtype = self._head(heads[0]).norm.weight.dtype
         taps = {k: outputs[self.taps[k]].to(dtype) for k in heads}
         return taps, ids_BL, dict(zip(heads, targets, strict=True))
+
+    def make_targets(self, images: Tensor, *, heads: Sequence[int], pixels: Pixels | None = None) -> Sequence[Tensor]:
+        """Return what the given heads predict, each (B, T, F) float32; raises ValueError for other shapes."""
+        cells = [self.cell_sizes[k] for k in heads]
+        if self.target is None:
+            return self._target_maker.make(
+                images, cell_sizes=cells, nbins=self.hog_nbins, bias=self.hog_bias, pixels=pixels
+            )
+        with torch.no_grad():
+            targets = self.target(images, cell_sizes=cells)
+        expected = [(len(images), (images.shape[-1] // cell) ** 2, self.num_outputs) for cell in cells]
+        found = [tuple(target.shape) for target in targets]
+        if found != expected:
+            raise ValueError(f"{type(self.target).__name__} makes targets of the shapes {found}, expected {expected}")
+        return targets
 
     def _embed(self, images: Tensor, ids_BV: Tensor, *, frozen_layers: int) -> Tensor:
         """Embed only the given patches, and put the class token before them: (B, 1 + V, D).

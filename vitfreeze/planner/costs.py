@@ -28,6 +28,7 @@ from vitfreeze.architecture import (
 )  # fmt: skip
 from vitfreeze.config import Config
 from vitfreeze.curriculum import ImageStage, plain_stage
+from vitfreeze.extensions import count_outputs
 
 # Fused attention keeps no scores: its backward pass computes them again, so five products stand against two.
 ATTENTION_BACKWARD = 2.5
@@ -264,12 +265,13 @@ class EncoderCosts(ABC):
 class ModelCosts(EncoderCosts):
     """The costs of LocalMIM.
 
-    `freeze_cls_token` and `freeze_patch_embed` say whether these freeze with layer 0; if one does not, the
-    backward pass runs through the whole prefix to reach it.
+    A target that is not HOG has `target_outputs` numbers of a cell. `freeze_cls_token` and `freeze_patch_embed` say
+    whether these freeze with layer 0; if one does not, the backward pass runs through the whole prefix to reach it.
     """
 
     mask_ratio: float
     hog_nbins: int
+    target_outputs: int | None = None
     decoded_share: float = 1.0
     freeze_cls_token: bool = True
     freeze_patch_embed: bool = True
@@ -280,7 +282,7 @@ class ModelCosts(EncoderCosts):
         model, images = config.model, images or plain_stage(config)
         return cls(
             size=model.resolve(), img_size=images.img_size, mask_ratio=images.mask_ratio, hog_nbins=model.hog_nbins,
-            decoded_share=images.decoded_share,
+            decoded_share=images.decoded_share, target_outputs=count_outputs(model.target),
             freeze_cls_token=config.freeze.cls_token, freeze_patch_embed=config.freeze.patch_embed,
             activation_checkpointing=model.activation_checkpointing,
         )  # fmt: skip
@@ -289,6 +291,11 @@ class ModelCosts(EncoderCosts):
     def units(self) -> tuple[FreezeUnit, ...]:
         """The freeze units of LocalMIM."""
         return localmim_units(self.size.depth, cls_token=self.freeze_cls_token, patch_embed=self.freeze_patch_embed)
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that a head predicts of a cell."""
+        return 3 * self.hog_nbins if self.target_outputs is None else self.target_outputs
 
     @property
     def num_encoded(self) -> int:
@@ -307,7 +314,7 @@ class ModelCosts(EncoderCosts):
 
     def head(self, head: int) -> Product:
         """Products of one head: embedding, decoder blocks, prediction."""
-        size, scale, outputs, masked = self.size, HEAD_SCALES[head], 3 * self.hog_nbins, self.num_decoded
+        size, scale, outputs, masked = self.size, HEAD_SCALES[head], self.num_outputs, self.num_decoded
         width, tokens = size.decoder_embed_dim, 1 + self.num_encoded + masked
         total = Product(linear=_linear(self.num_encoded + 1, size.embed_dim, width))
         for _ in range(size.decoder_depth - 1):
@@ -332,7 +339,7 @@ class ModelCosts(EncoderCosts):
         return sum((self._head_kept(head) for head in self.heads_left(frozen_layers)), Kept())
 
     def _head_kept(self, head: int) -> Kept:
-        size, scale, outputs = self.size, HEAD_SCALES[head], 3 * self.hog_nbins
+        size, scale, outputs = self.size, HEAD_SCALES[head], self.num_outputs
         visible, width = self.num_encoded + 1, size.decoder_embed_dim
         tokens = visible + self.num_decoded
         read = self.num_decoded if scale >= 1 else tokens - 1
@@ -376,7 +383,7 @@ class ModelCosts(EncoderCosts):
         return units
 
     def _head_parameters(self, scale: float) -> UnitParameters:
-        size, outputs = self.size, 3 * self.hog_nbins
+        size, outputs = self.size, self.num_outputs
         width, half, quarter = size.decoder_embed_dim, size.decoder_embed_dim // 2, size.decoder_embed_dim // 4
         block = _block_parameters(width, size.mlp_ratio)
         decay = size.embed_dim * width + width + size.decoder_depth * block.decay  # with the mask token

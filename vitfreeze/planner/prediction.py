@@ -12,7 +12,7 @@ from vitfreeze.files import read_json
 from vitfreeze.planner.authors import describe_authors
 from vitfreeze.planner.costs import BYTES_OF_PRECISION, EncoderCosts, ModelCosts, costs_of
 from vitfreeze.planner.growth import fit_micro_batch
-from vitfreeze.planner.input import core_seconds_per_crop
+from vitfreeze.planner.input import core_seconds_per_crop, find_stored_size
 from vitfreeze.planner.measured import StepTimes, relative_cost
 from vitfreeze.schedule import RunSchedule, build_schedule
 
@@ -353,8 +353,11 @@ class _Planner:
         """Cores that make the images of one GPU, as far as their cost was measured."""
         if self.config.run.task == "finetune":
             return None
-        crops = self.config.data.crops_per_image
-        return images_per_second * core_seconds_per_crop(img_size=images.img_size, crops_per_image=crops)
+        data = self.config.data
+        _, shards = data.train_stages[images.shards]
+        return images_per_second * core_seconds_per_crop(
+            img_size=images.img_size, crops_per_image=data.crops_per_image, stored_size=find_stored_size(shards)
+        )
 
     def notes(self) -> tuple[str, ...]:
         notes = []

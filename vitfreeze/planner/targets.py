@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from vitfreeze.config import POWERS, Config, ConfigError, CurriculumConfig, Duration, count_steps, overrides_between
+from vitfreeze.config import Config, ConfigError, CurriculumConfig, Duration, count_steps, overrides_between
 from vitfreeze.curriculum import ImageStage
+from vitfreeze.extensions import BUILT_IN, FREEZING
 from vitfreeze.planner.authors import describe_authors
 from vitfreeze.planner.measured import StepTimes
 from vitfreeze.planner.prediction import (
@@ -168,7 +169,7 @@ class _Search:
         """Try every way for a budget of GPU-hours; the combined one comes last."""
         config, unsaving = self.config, without_savings(self.config)
         found = {
-            **{f"freezing, {how}": self.freeze(config, how, budget, SMALLEST_T_0) for how in POWERS},
+            **{f"freezing, {how}": self.freeze(config, how, budget, SMALLEST_T_0) for how in BUILT_IN[FREEZING]},
             "small images first": self.shrink(config, budget, LARGEST_SMALL_SHARE),
             "other length": self.lengthen(config, budget),
             "plain, other length": self.lengthen(unsaving, budget),

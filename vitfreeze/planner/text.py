@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from vitfreeze.planner.comparison import Comparison
+from vitfreeze.planner.input import STORED_SIZE
 from vitfreeze.planner.prediction import Plan, Stage
 from vitfreeze.planner.targets import Targets
 from vitfreeze.text import format_bytes, format_table
@@ -109,8 +110,8 @@ def _format_whole(plan: Plan) -> str:
     if cores:
         fewest = f"{min(cores):.1f} to " if len(cores) > 1 else ""
         lines.append(
-            f"Input: {fewest}{max(cores):.1f} CPU cores a GPU (an EPYC's, from JPEGs of 288 pixels; "
-            "`vitfreeze bench data` measures yours)"
+            f"Input: {fewest}{max(cores):.1f} CPU cores a GPU (an EPYC's, from JPEGs of {STORED_SIZE} pixels unless "
+            "their manifest says otherwise; `vitfreeze bench data` measures yours)"
         )
     lines.append(_format_communication(plan))
     if plan.authors:

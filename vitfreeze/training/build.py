@@ -13,6 +13,7 @@ from vitfreeze.config import Config, derive_accumulation, find_ds_config
 from vitfreeze.data import TrainLoader, build_train_loader
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine, best_ds_config, read_settings
+from vitfreeze.extensions import ExtensionError, make_target
 from vitfreeze.files import read_json
 from vitfreeze.model import Classifier, LocalMIM
 from vitfreeze.ranks import LaunchEnvironment, Ranks
@@ -51,14 +52,17 @@ def open_training(
     rendezvous = Rendezvous("start", launch=LaunchEnvironment.read(), timeout=join_timeout())
     with rendezvous.raise_on_all_ranks():
         loader, ds_config = open_all()
-    rendezvous.check_agreement(
-        run_facts(config, shards=loader.shards.names, lengths=loader.lengths, ds_config=ds_config)
-    )
+    names, lengths = loader.all_shards()
+    rendezvous.check_agreement(run_facts(config, shards=names, lengths=lengths, ds_config=ds_config))
     return loader
 
 
 def build_model(config: Config) -> LocalMIM:
-    """Build the model with the weights that the seed gives."""
+    """Build the model with the weights that the seed gives; raises ConfigError if its target cannot be loaded."""
+    try:
+        target = make_target(config.model.target)
+    except ExtensionError as error:
+        raise config.error("model.target", error.allowed) from None
     torch.manual_seed(config.run.seed)
     model = LocalMIM(
         **asdict(config.model.resolve()),
@@ -70,6 +74,7 @@ def build_model(config: Config) -> LocalMIM:
         freeze_cls_token=config.freeze.cls_token,
         freeze_patch_embed=config.freeze.patch_embed,
         activation_checkpointing=config.model.activation_checkpointing,
+        target=target,
     )
     if config.model.compile:
         model.compile_parts()

@@ -7,14 +7,16 @@ from (config, step); only weights and optimizer state are loaded on resume.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from vitfreeze.boards import Board, check_boards, open_boards
 from vitfreeze.checkpoint import SaveSchedule
+from vitfreeze.config import ConfigError
 from vitfreeze.curriculum import KEYS, ImageStage
-from vitfreeze.data import Batch, TrainLoader, describe_lost_worker
+from vitfreeze.data import Batch, BatchShape, TrainLoader, describe_lost_worker
 from vitfreeze.engine import join_ranks
 from vitfreeze.fault_tolerance import EXIT_FAILED, EXIT_STOPPED, RunFailedError, RunGuard
 from vitfreeze.planner import fit_micro_batch
@@ -44,30 +46,32 @@ def run_task(task: Task, *, fresh: bool) -> int:
         config, ranks, transform=task.transform, num_classes=task.num_classes, check_data=task.check_data
     )  # fmt: skip
     build_schedule(config, steps_per_epoch=loader.steps_per_epoch)  # refuses what cannot be, before anything is made
-    data = TrainingData(
-        names=loader.shards.names, lengths=loader.lengths, steps_per_epoch=loader.steps_per_epoch
-    )  # fmt: skip
+    names, lengths = loader.all_shards()
+    data = TrainingData(names=names, lengths=lengths, steps_per_epoch=loader.steps_per_epoch)
+    ranks.from_rank_0(lambda: check_boards(config), errors=(ConfigError,))
     with RunFolder(directory, ranks=ranks), log_into(directory / "run.log", rank=ranks.rank):
         start = choose_start(config, directory, fresh=fresh, ranks=ranks, data=data)
-        run = prepare(task, loader, ranks, directory=directory, start=start)
+        boards: list[Board] = []
+        ranks.from_rank_0(lambda: boards.extend(open_boards(config, directory)), errors=(ConfigError,))
+        run = prepare(task, loader, ranks, directory=directory, start=start, boards=boards)
+        status = EXIT_FAILED
         try:
-            finished = train(run, start_step=start.step)
+            status = 0 if train(run, start_step=start.step) else EXIT_STOPPED
         except RuntimeError as error:
             reason = describe_lost_worker(error) or (str(error) if isinstance(error, RunFailedError) else "")
             if not reason:
                 raise
             logger.error("the run has ended: %s", reason)
-            return EXIT_FAILED
         finally:
-            run.reporter.close()
-        if not finished:
-            return EXIT_STOPPED
-        if ranks.rank == 0:
+            run.reporter.close(status)
+        if status == 0 and ranks.rank == 0:
             task.close(directory, run.engine)
-    return 0
+    return status
 
 
-def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, start: Start) -> Run:
+def prepare(
+    task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, start: Start, boards: Sequence[Board] = ()
+) -> Run:
     """Build the parts of a run and bring them to where it starts."""
     config, checkpoint, meter = task.config, start.checkpoint, Meter()
     checks = read_adaptive_checks(checkpoint)
@@ -82,7 +86,7 @@ def prepare(task: Task, loader: TrainLoader, ranks: Ranks, *, directory: Path, s
         state.load(checkpoint)
     reporter = Reporter(
         directory, rank=ranks.rank, start_step=start.step, total_steps=schedule.total_steps,
-        description=task.description,
+        description=task.description, boards=boards,
     )  # fmt: skip
     start.report(reporter)
     return Run(
@@ -160,6 +164,8 @@ def begin_stage(run: Run, now: ScheduledStep) -> bool:
         return False
     before = asdict(run.schedule.curriculum.at(now.step - 1))
     changes = [f"{key} {value:g}" for key, value in asdict(images).items() if key in KEYS and value != before[key]]
+    if images.shards != before["shards"]:
+        changes.append(f"shards {', '.join(run.config.data.train_stages[images.shards][1])}")
     message = f"step {now.step}: {', '.join(changes) or 'nothing new'} from here on"
     run.reporter.log_event("stage", now.step, message=message, **asdict(images))
     run.meter.restart()
@@ -177,9 +183,10 @@ def feed(run: Run, now: ScheduledStep, batches: Iterator[Batch] | None, *, froze
             precision=engine.settings.precision,
         )  # fmt: skip
 
-    def shape_at(step: int) -> tuple[int, int]:
+    def shape_at(step: int) -> BatchShape:
         images = schedule.curriculum.at(step)
-        return images.img_size, fit(schedule.frozen_layers(step), images)[0]
+        micro_batch, _ = fit(schedule.frozen_layers(step), images)
+        return BatchShape(images.img_size, micro_batch, images.shards)
 
     micro_batch, accumulation = fit(now.frozen_layers, now.images)
     if micro_batch != engine.micro_batch:

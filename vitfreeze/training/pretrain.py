@@ -9,12 +9,12 @@ from torch import Tensor
 
 from vitfreeze.architecture import HEAD_SCALES
 from vitfreeze.config import Config, choose_task
-from vitfreeze.data import Batch, TrainLoader, check_labels, normalize, open_split
+from vitfreeze.data import Batch, TrainLoader, check_labels, normalize, open_split, tabulate
 from vitfreeze.data.augmentation import Transform
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.evaluate.probe import Probe
 from vitfreeze.evaluate.visual import draw_figure, make_panels, to_pixels
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import LocalMIM, Pixels
 from vitfreeze.pretrained import load_encoder
 from vitfreeze.schedule import ScheduledStep
 from vitfreeze.training.build import build_model
@@ -77,6 +77,7 @@ class Pretraining:
         output = engine(
             normalize(batch.images, colours=self.config.data.colours),
             noise=batch.noise,
+            pixels=Pixels(batch.images, tabulate(batch.images.device, self.config.data.colours)),
             scale_weights=now.scale_weights,
             mask_ratio=now.images.mask_ratio,
             decoded_share=now.images.decoded_share,

@@ -27,7 +27,7 @@ from vitfreeze.config import (
     load_run_config,
 )
 from vitfreeze.data import ShardError, ShardIdentity, describe_difference, identify_shards
-from vitfreeze.files import read_json_lines, replace_durably
+from vitfreeze.files import read_json_lines, replace_durably, suggest_path
 from vitfreeze.ranks import Ranks
 from vitfreeze.rendezvous import software_versions
 from vitfreeze.report import Reporter
@@ -163,7 +163,8 @@ def begin_cooldown(config: Config, source: str) -> Config:
     try:
         step = folder.open_checkpoint(checkpoint, verify=False).step
     except CheckpointError as error:
-        raise ConfigError(f"--cooldown {source} names neither a checkpoint nor a run that has one: {error}") from None
+        reason = f": {error}" if Path(source).exists() else suggest_path(Path(source))
+        raise ConfigError(f"--cooldown {source} names neither a checkpoint nor a run that has one{reason}") from None
     changed = replace(
         config,
         optim=replace(config.optim, cooldown_from=Duration(step, "steps")),
@@ -326,7 +327,8 @@ def _open_wanted(config: Config, wanted: str, *, data: TrainingData) -> Checkpoi
     except CheckpointError as error:
         raise config.error("resume.from", f"a whole checkpoint or run folder, and {error}") from None
     if found is None:
-        raise config.error("resume.from", "a checkpoint, or a run folder that holds one")
+        meant = "" if Path(wanted).exists() else suggest_path(Path(wanted))
+        raise config.error("resume.from", f"a checkpoint, or a run folder that holds one{meant}")
     steps = _steps_per_epoch(found, data)
     _refuse_other_settings(
         config, found.path / folder.CONFIG, step=found.step, steps_per_epoch=steps, may_cool=True
