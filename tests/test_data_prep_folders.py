@@ -145,7 +145,7 @@ def test_layouts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("flat", "no image in the train split"),
         ("unknown", "the class dog"),
         ("hollow", "no image in the train split"),
-        ("missing", "No such file"),
+        ("missing", "there is no "),
     ):
         assert main(["folder", str(tmp_path / tree), "--out", str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_folders_without_a_manifest(shards: Path, tmp_path: Path, capsys: pytest
     assert verify(shards) == 2
     assert "not finished" in capsys.readouterr().err
     assert verify(tmp_path / "missing") == 2
-    assert "no folder" in capsys.readouterr().err
+    assert f"there is no {tmp_path / 'missing'}" in capsys.readouterr().err
 
 
 def test_describe_counts(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,14 @@ def test_vitfreeze_alone_lists_its_commands(capsys: pytest.CaptureFixture[str]) 
     assert all(f"\n    {name} " in listed for name in ("pretrain", "plan", "features", "doctor"))
 
 
-PARTS = ("data", "step", "freeze", "launches", "scaling")
+@pytest.mark.parametrize("words", ["config demo", "bench step demo"])
+@pytest.mark.parametrize(("flag", "verbosity"), [("-q", -1), ("--quiet", -1), ("-v", 1), ("", 0)])
+def test_how_much_is_heard_may_be_said_before_and_behind_the_command(words: str, flag: str, verbosity: int) -> None:
+    for line in (f"{flag} {words}", f"{words} {flag}"):
+        assert cli.parse_arguments(line.split()).verbosity == verbosity
+
+
+PARTS = ("data", "step", "stages", "freeze", "launches", "scaling", "gpu")
 
 
 @pytest.mark.parametrize("command", [f"bench {name}" if name in PARTS else name for name in cli.EXAMPLES])

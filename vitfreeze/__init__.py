@@ -1,3 +1,3 @@
 """Pre-train Vision Transformers with LocalMIM and FreezeOut on DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -48,6 +48,7 @@ EXAMPLES = {
     "freeze": "paper batch.global_size=8",
     "launches": "paper batch.global_size=8",
     "scaling": "paper batch.global_size=8",
+    "gpu": "data.train=shards/imagenet --reference ViTFreeze/ViT",
 }
 SHOWN_EXAMPLES = ("pretrain", "plan", "knn")
 Handler = Callable[[argparse.Namespace], int]
@@ -119,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"vitfreeze {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors in the input")
+    _add_verbosity(parser, default=0)
     # DeepSpeed's launcher passes this to its programs; the LOCAL_RANK variable says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -142,13 +144,17 @@ def _add_command(commands: Commands, name: str, handler: Handler, *, help: str) 
     parser = commands.add_parser(name, help=help, description=help)
     parser.epilog = f"example: {parser.prog} {EXAMPLES[name]}"
     parser.set_defaults(handler=handler)
+    _add_verbosity(parser, default=argparse.SUPPRESS)  # what stands before the command holds
+    return parser
+
+
+def _add_verbosity(parser: argparse.ArgumentParser, *, default: int | str) -> None:
     amount = parser.add_mutually_exclusive_group()
     for flags, const, words in (
         (("-q", "--quiet"), -1, "warnings and errors only"),
         (("-v", "--verbose"), 1, "other packages' messages too"),
     ):
-        amount.add_argument(*flags, dest="verbosity", action="store_const", const=const, default=0, help=words)
-    return parser
+        amount.add_argument(*flags, dest="verbosity", action="store_const", const=const, default=default, help=words)
 
 
 def _add_recipe(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
@@ -526,6 +532,7 @@ def _add_bench(commands: Commands) -> None:
     _add_bench_of_engine(
         parts, "scaling", _bench_scaling, help="under the launcher: what more ranks cost, and the plan"
     )
+    _add_bench_gpu(parts)
 
 
 def _add_bench_data(parts: Commands) -> None:
@@ -570,6 +577,38 @@ def _add_bench_of_engine(parts: Commands, name: str, handler: Handler, *, help: 
         clock = "wall, or processor on a CPU that others use too (default %(default)s)"
         parser.add_argument("--clock", default="wall", help=clock)
     _add_json(parser, "print JSON" + (", which `plan --bench` reads" if name == "step" else ""))
+
+
+def _add_bench_gpu(parts: Commands) -> None:
+    words = "all that a new GPU is to answer, in ten minutes: one JSON file and tables"
+    parser = _add_command(parts, "gpu", _bench_gpu, help=words)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from `paper`")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="the authors' folder that holds models_mim.py")
+    parser.add_argument("--models", metavar="SIZE,SIZE,...", help="the first has all cells, others those of the step")
+    parser.add_argument("--images", type=int, default=256, help="of a step, one micro-batch (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="steps between two looks (default %(default)s)")
+    words = "begin no more cells after so many (default %(default)s)"
+    parser.add_argument("--minutes", type=float, default=10.0, help=words)
+    words = "what is written (default %(default)s)"
+    parser.add_argument("-o", "--output", type=Path, default=Path("bench_gpu.json"), metavar="FILE", help=words)
+
+
+def _bench_gpu(parsed: argparse.Namespace) -> int:
+    from vitfreeze.bench.gpu import MODELS, format_gpu_benchmark, run_gpu_benchmark
+    from vitfreeze.config import load_config
+    from vitfreeze.files import format_json, replacing
+
+    models = tuple(parsed.models.split(",")) if parsed.models else MODELS
+    config = load_config("paper", parsed.overrides)
+    with replacing(parsed.output) as path:
+        path.touch()  # a folder that cannot be written to is told before ten minutes are spent
+        result = run_gpu_benchmark(
+            config, models=models, images=parsed.images, rounds=parsed.rounds, minutes=parsed.minutes,
+            reference=parsed.reference,
+        )  # fmt: skip
+        path.write_text(format_json(asdict(result)) + "\n")
+    print(format_gpu_benchmark(result))
+    return 1 if any(cell.failed for cell in result.cells) else 0
 
 
 def _parse_frozen(text: str) -> list[int]:

@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from vitfreeze.text import find_nearest
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TARGETS, FREEZING = "vitfreeze.targets", "vitfreeze.freezing"
 BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -29,24 +26,6 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
     }
 )
-
-
-class Target(Protocol):
-    """What the heads predict, made of images. The class of it is registered, and called without arguments.
-
-    Attributes:
-        num_outputs: numbers of a cell, F.
-    """
-
-    num_outputs: int
-
-    def __call__(self, images: Tensor, *, cell_sizes: Sequence[int]) -> Sequence[Tensor]:
-        """Return what is to be predicted of square cells: for each size a float32 (B, T, F) tensor, rows first.
-
-        Args:
-            images: (B, 3, S, S), normalised.
-            cell_sizes: sides of the cells in pixels, each of which divides S.
-        """
 
 
 class FreezingPolicy(Protocol):
@@ -122,19 +101,17 @@ def _find(group: str, name: str) -> EntryPoint:
     raise ExtensionError(name, f"one of {', '.join(known)}" + (f"; did you mean {nearest!r}?" if nearest else ""))
 
 
-def make_target(reference: str) -> Target | None:
-    """Return the target of `model.target`; None for HOG, which the model makes itself, its biases being weights.
+def make_target(reference: str) -> Any:
+    """Return the `vitfreeze.model.Target` of `model.target`; None for HOG, which the model makes itself, its biases
+    being weights.
 
     Raises:
         ExtensionError: it cannot be loaded.
     """
-    if reference == "hog":
-        return None
-    target: Target = load_extension(TARGETS, reference)()
-    return target
+    return None if reference == "hog" else load_extension(TARGETS, reference)()
 
 
 def count_outputs(reference: str) -> int | None:
     """Return how many numbers of a cell a target has; None for HOG, whose bins are a setting."""
     target = make_target(reference)
-    return None if target is None else target.num_outputs
+    return None if target is None else int(target.num_outputs)

@@ -34,19 +34,19 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def suggest_path(path: Path) -> str:
-    """Return the end of a sentence about a path that is not there: what stands beside it, or beside a folder above it
-    that is not there either, by the nearest name, if any."""
-    missing = path
-    while not missing.parent.is_dir() and missing.parent != missing:
-        missing = missing.parent
-    try:
-        nearest = find_nearest(missing.name, [item.name for item in missing.parent.iterdir()])
-    except OSError:
-        return ""
-    if not nearest:
-        return ""
-    whole = missing.with_name(nearest) / path.relative_to(missing)
-    return f"; did you mean {str(whole if whole.exists() else missing.with_name(nearest))!r}?"
+    """Return the end of a sentence about a path that is not there: the nearest that is, name by name, if any."""
+    meant, is_other = Path(path.anchor), False
+    for name in path.relative_to(path.anchor).parts:
+        if not (meant / name).exists():
+            try:
+                name = find_nearest(name, os.listdir(meant))
+            except OSError:
+                break
+            if not name:
+                break
+            is_other = True
+        meant /= name
+    return f"; did you mean {str(meant)!r}?" if is_other else ""
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -99,4 +99,5 @@ def log_report(report: EpochReport) -> None:
         count = len(report.skipped)
         _log.warning("epoch %d: %d samples were unusable: %s", report.epoch, count, describe_skipped(report))
     if report.fallbacks:
-        _log.info("epoch %d: Pillow decoded %d of %d images", report.epoch, report.fallbacks, report.images)
+        level = logging.DEBUG if report.epoch else logging.INFO  # it is no news in the next epoch
+        _log.log(level, "epoch %d: Pillow decoded %d of %d images", report.epoch, report.fallbacks, report.images)

@@ -3,7 +3,7 @@
 from vitfreeze.engine.fake_ranks import CollectiveClock, join_fake_ranks
 from vitfreeze.engine.freezing import EngineState, FreezeEvent, FreezingEngine
 from vitfreeze.engine.launch import join_ranks
-from vitfreeze.engine.settings import DeepSpeedSettings, best_ds_config, read_settings
+from vitfreeze.engine.settings import DeepSpeedSettings, best_ds_config, read_settings, supports
 from vitfreeze.engine.slices import STATE_KEYS, GroupState, SliceReader
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "join_fake_ranks",
     "join_ranks",
     "read_settings",
+    "supports",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ from vitfreeze.architecture import (
     localmim_units,
     tap_blocks,
 )
-from vitfreeze.extensions import Target
 from vitfreeze.model.frozen_block import run_frozen
 from vitfreeze.model.hog import check_images
 from vitfreeze.model.targets import Pixels, TargetMaker
@@ -43,6 +42,24 @@ LAYER_NORM_EPS = 1e-6
 # a conversion to bfloat16 or float16, so that a model in half precision keeps the very same targets.
 _HOG_BIAS_STEPS = 85
 _HOG_BIAS_UNIT = 1 / 256
+
+
+class Target(Protocol):
+    """What the heads predict, made of images. The class of it is registered, and called without arguments.
+
+    Attributes:
+        num_outputs: numbers of a cell, F.
+    """
+
+    num_outputs: int
+
+    def __call__(self, images: Tensor, *, cell_sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Return what is to be predicted of square cells: for each size a float32 (B, T, F) tensor, rows first.
+
+        Args:
+            images: (B, 3, S, S), normalised.
+            cell_sizes: sides of the cells in pixels, each of which divides S.
+        """
 
 
 class LocalMIMOutput(NamedTuple):
