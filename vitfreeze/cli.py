@@ -471,6 +471,12 @@ def _add_doctor(commands: Commands) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to read shards (default %(default)s)")
     parser.add_argument("--images-per-second", type=float, metavar="N", help="what a GPU trains, if it is known")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for ranks that do not answer")
+    alone = parser.add_argument_group("without a cluster, on one CPU")
+    alone.add_argument("--pretend", type=int, metavar="N", help="try the recipe as one rank of N: no launcher, no GPU")
+    alone.add_argument("--rank", type=int, default=0, metavar="R", help="which of them (default %(default)s)")
+    alone.add_argument("--images", type=int, default=2, help="of a micro-batch to compute (default %(default)s)")
+    alone.add_argument("--steps", type=int, default=2, help="of each stage (default %(default)s)")
+    alone.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
@@ -478,6 +484,8 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
     from vitfreeze.doctor import format_findings, run_checks
 
+    if parsed.pretend is not None:
+        return _pretend(parsed)
     findings = run_checks(
         _read_config(parsed) if parsed.recipe else None,
         seconds=parsed.seconds,
@@ -486,6 +494,24 @@ def _doctor(parsed: argparse.Namespace) -> int:
     )
     if _is_first_rank():
         print(format_findings(findings, colour=wants_colour()))
+    return 1 if any(finding.fit is False for finding in findings.values()) else 0
+
+
+def _pretend(parsed: argparse.Namespace) -> int:
+    from vitfreeze.doctor.pretend import pretend
+    from vitfreeze.doctor.pretend_findings import format_pretence, judge_pretence
+
+    if not parsed.recipe:
+        raise ValueError("--pretend needs a recipe to try")
+    found = pretend(
+        _read_config(parsed), world_size=parsed.pretend, rank=parsed.rank, images=parsed.images, steps=parsed.steps
+    )
+    findings = judge_pretence(found)
+    print(
+        json.dumps({**asdict(found), "findings": {name: asdict(f) for name, f in findings.items()}}, indent=1)
+        if parsed.json
+        else format_pretence(found, colour=wants_colour())
+    )
     return 1 if any(finding.fit is False for finding in findings.values()) else 0
 
 

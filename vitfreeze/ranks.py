@@ -93,7 +93,8 @@ class Ranks:
 
         What they settle there neither waits for the device nor mixes with the collectives of another thread.
         """
-        group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
+        backend = "fake" if self.world_size > 1 and torch.distributed.get_backend() == "fake" else "gloo"
+        group = torch.distributed.new_group(backend=backend, timeout=timeout) if self.world_size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group)
 
     def sum(self, tensor: Tensor) -> Tensor:

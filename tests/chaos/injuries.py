@@ -166,18 +166,23 @@ def refuse_beside_orphans(chaos: Chaos, this: Round, orphans: list[psutil.Proces
 def ask_to_stop(chaos: Chaos, this: Round) -> None:
     job = chaos.start(this)
     wait_for_progress(chaos, this, job)
-    # A run that has taken and saved its last step may be ended by the signal as any process is.
-    finished = steps_taken(chaos, this) == TOTAL_STEPS
     number = chaos.random.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
-    job.signal(number, ranks=[chaos.random.randrange(len(job.processes))])
-    statuses = job.wait()
-    finished = finished or steps_taken(chaos, this) == TOTAL_STEPS
-    expect(chaos, this, statuses, STOPPED, DONE, *((-number, INTERRUPTED) if finished else ()))
+    victim = chaos.random.choice(job.processes)
+    job.signal(number, ranks=[job.processes.index(victim)])
+    victim.join(60)
+    # A run that has taken and saved its last step may be ended by the signal as any process is.
+    if steps_taken(chaos, this) == TOTAL_STEPS and victim.exitcode in (-number, INTERRUPTED):
+        job.kill()  # as the launcher does when a rank is gone
+    else:
+        expect(chaos, this, job.wait(), STOPPED, DONE)
 
 
 def stop_one_rank(chaos: Chaos, this: Round) -> None:
     """SIGSTOP to one of two ranks: the watchdog of the other ends the job."""
     job = chaos.start(this)
+    if steps_taken(chaos, this) >= TOTAL_STEPS - 1:  # no step is to come in which one could be missed
+        expect(chaos, this, job.wait(), DONE)
+        return
     wait_for_progress(chaos, this, job, most=3)
     victim = chaos.random.randrange(2)
     job.signal(signal.SIGSTOP, ranks=[victim])
@@ -257,11 +262,13 @@ def remove_the_pointer(chaos: Chaos, this: Round) -> None:
 
 def delete_the_folder(chaos: Chaos, this: Round) -> None:
     """Delete the run folder in mid-run: told, and the last state is kept; the steps that were logged are gone."""
-    job = chaos.start(this)
+    job, begun = chaos.start(this), steps_taken(chaos, this)
     wait_for_progress(chaos, this, job)
     job.signal(signal.SIGSTOP)
     time.sleep(0.05)
-    if has_ended(job) or steps_taken(chaos, this) == TOTAL_STEPS:  # the last state may be on its way already
+    if (
+        begun >= TOTAL_STEPS - 1 or has_ended(job) or steps_taken(chaos, this) == TOTAL_STEPS
+    ):  # the last state may be on its way already
         job.signal(signal.SIGCONT)
         expect(chaos, this, job.wait(), DONE)
         return
@@ -269,7 +276,7 @@ def delete_the_folder(chaos: Chaos, this: Round) -> None:
     shutil.rmtree(chaos.run_dir(this))
     chaos.forget_events(this)
     job.signal(signal.SIGCONT)
-    said = ("is gone, deleted or moved", "is made anew for the last state")
+    said = ("is gone, deleted or moved", "is made anew for the last state", "checkpoints cannot be written")
     wait_until("a word on the folder", lambda: any(words in chaos.log(this) for words in said))
     if chaos.random.random() < 0.5:
         job.signal(signal.SIGTERM, ranks=[0])

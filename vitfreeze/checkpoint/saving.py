@@ -225,12 +225,14 @@ class CheckpointWriter:
         _clear_remains(self.parent)
 
     def _write_files(self, parts: Path, snapshot: _Snapshot) -> None:
-        if not self.parent.parent.is_dir():  # made anew in silence, it would hide that all else of the run is lost
+        try:  # not with parents: made anew in silence, the run folder would hide that all else of the run is lost
+            self.parent.mkdir(exist_ok=True)
+            parts.mkdir(exist_ok=True)
+        except FileNotFoundError:
             raise FileNotFoundError(
                 f"the run folder {self.parent.parent} is gone, deleted or moved while the run goes on; put it back or "
                 "make an empty one, and the run saves there"
-            )
-        parts.mkdir(parents=True, exist_ok=True)
+            ) from None
         facts = {}
         for name, tensors in snapshot.files.items():
             save_file(dict(tensors), parts / name)

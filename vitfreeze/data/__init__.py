@@ -16,7 +16,7 @@ from vitfreeze.data.loading import (
     workers_needed,
 )
 from vitfreeze.data.normalization import normalize, tabulate
-from vitfreeze.data.order import EpochOrder
+from vitfreeze.data.order import EpochOrder, find_places
 
 __all__ = [
     "BadSampleError",
@@ -37,6 +37,7 @@ __all__ = [
     "count_training_images",
     "describe_difference",
     "describe_lost_worker",
+    "find_places",
     "identify_shards",
     "merge_reports",
     "normalize",

@@ -28,7 +28,7 @@ from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.downloads import DownloadCache, default_cache_dir
 from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_reports
 from vitfreeze.data.errors import ShardError
-from vitfreeze.data.order import EpochOrder
+from vitfreeze.data.order import EpochOrder, find_places
 from vitfreeze.data.shards import ShardReader, check_same_samples, find_shards
 from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
 
@@ -436,12 +436,14 @@ class TrainLoader(_Loader):
     def _requests(self, start_step: int, total_steps: int, shape_at: ShapeAt) -> Iterator[Request]:
         for step in range(start_step, total_steps):
             img_size, micro_batch, shards = shape_at(step)
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            for number in range(self.accumulation(micro_batch)):
-                start = step_in_epoch * self.global_batch + (number * self.world_size + self.rank) * micro_batch
+            self.accumulation(micro_batch)
+            for epoch, places in find_places(
+                step, steps_per_epoch=self.steps_per_epoch, global_batch=self.global_batch, micro_batch=micro_batch,
+                rank=self.rank, world_size=self.world_size,
+            ):  # fmt: skip
                 yield Request(
-                    epoch=epoch, step=step, start=start, stop=start + micro_batch, img_size=img_size, shards=shards
-                )
+                    epoch=epoch, step=step, start=places.start, stop=places.stop, img_size=img_size, shards=shards
+                )  # fmt: skip
 
 
 class EvalLoader(_Loader):

@@ -8,7 +8,7 @@ place of the epoch is reached by permuting one window, and the seed and the epoc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -86,6 +86,20 @@ class EpochOrder:
             del self._windows[next(iter(self._windows))]
         self._windows[epoch, window] = samples
         return samples
+
+
+def find_places(
+    step: int, *, steps_per_epoch: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+) -> Iterator[tuple[int, range]]:
+    """Yield the epoch, and the places in it of the crops, of every micro-batch of a rank in an optimizer step.
+
+    Global batch s of an epoch is places s*G..(s+1)*G; micro-batch m of rank r is its places (m * world_size + r) *
+    micro_batch onward.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    for number in range(global_batch // (micro_batch * world_size)):
+        start = step_in_epoch * global_batch + (number * world_size + rank) * micro_batch
+        yield epoch, range(start, start + micro_batch)
 
 
 class SampleRandom:

@@ -125,9 +125,8 @@ class RunGuard:
 
     def _ask(self, *, stop: bool = False, save: bool = False, include_last: bool = False) -> None:
         """Begin to tell all ranks what this one wants and found."""
-        rank, failures = self._ranks.rank, [0] * self._ranks.world_size  # by rank: the failed step, counted from 1
-        failures[rank] = self.losses.find_failure(include_last=include_last) or 0
-        self._answer = self._ranks.begin_max([stop, save and rank == 0, *failures])
+        self._failed = self.losses.find_failure(include_last=include_last) or 0  # the step, counted from 1
+        self._answer = self._ranks.begin_max([stop, save and self._ranks.rank == 0, self._failed])
 
     def _hear(self) -> tuple[bool, bool]:
         """Return whether to stop and whether to save; rank 0's clock decides about saving, any rank may stop the run.
@@ -135,12 +134,14 @@ class RunGuard:
         Raises:
             RunFailedError: a rank found a loss that is not finite, or too many steps in a row were skipped.
         """
-        wants_stop, wants_save, *failures = self._answer()
+        wants_stop, wants_save, failed = self._answer()
         for step in self.losses.take_skipped():
             self.reporter.log_event("skipped", step, loss_scale=self.engine.loss_scale)
-        failed_ranks = [number for number, step in enumerate(failures) if step]
-        if failed_ranks or self.losses.has_skipped_too_often:
-            self._fail(failed_ranks, step=max(failures) if failed_ranks else None)
+        if failed:  # whose it was is asked only now: a question to all ranks is to stay as small as it is
+            failures = self._ranks.gather(self._failed)
+            self._fail([number for number, step in enumerate(failures) if step], step=failed)
+        if self.losses.has_skipped_too_often:
+            self._fail((), step=None)
         return bool(wants_stop), bool(wants_save)
 
     def _fail(self, failed_ranks: Sequence[int], *, step: int | None) -> None:

@@ -30,12 +30,19 @@ class Machine:
     zero_stage: int
     precision: str  # of weights and activations: fp32, bf16 or fp16
     fp32_gradients: bool  # summed over micro-batches in float32
+    clips: bool  # gradients by their norm
     source: str
 
     @property
     def state_bytes_per_parameter(self) -> int:
         """Two float32 moments, and a float32 master weight unless the weights themselves are that (stage 0, fp32)."""
         return 8 if self.zero_stage == 0 and self.precision == "fp32" else 12
+
+    def partition(self, count: int) -> int:
+        """Return how many parameters of a group the rank has that has most: ZeRO cuts it into even numbers of them."""
+        if not self.zero_stage:
+            return count
+        return min(-(-count // (2 * self.world_size)) * 2, count)
 
     @property
     def gradient_bytes_per_parameter(self) -> int:
@@ -207,9 +214,11 @@ def read_machine(config: Config, *, world_size: int) -> Machine:
         raise config.error("run.ds_config", f"a file with ZeRO stage 0, 1 or 2, and this one has {stage!r}")
     precision = next((half for half in ("fp16", "bf16") if content.get(half, {}).get("enabled")), "fp32")
     accumulated = content.get("data_types", {}).get("grad_accum_dtype", precision)
+    clip_grad = config.finetune.clip_grad
     return Machine(
         world_size=world_size, zero_stage=stage, precision=precision, source=path.name,
         fp32_gradients=precision != "fp32" and accumulated == "fp32",
+        clips=bool(content.get("gradient_clipping") if clip_grad is None else clip_grad),
     )  # fmt: skip
 
 
@@ -302,7 +311,7 @@ class _Planner:
         groups = costs.trained_groups(frozen)
         trained = sum(groups)
         parts = machine.world_size if machine.zero_stage else 1
-        state = sum(-(-count // parts) for count in groups) * machine.state_bytes_per_parameter
+        state = sum(machine.partition(count) for count in groups) * machine.state_bytes_per_parameter
         gradients = self.reduced_bytes(trained, accumulation)
         sent = self.bytes_sent(gradients, trained)
         activations = micro * costs.activation_bytes(frozen, precision=machine.precision)
@@ -364,6 +373,11 @@ class _Planner:
         if freeze.mode == "schedule" and not (freeze.cls_token and freeze.patch_embed):
             kept = [name for name in ("cls_token", "patch_embed") if not getattr(freeze, name)]
             notes.append(f"{' and '.join(kept)} never frozen, so the backward pass runs through the frozen blocks")
+        if self.machine.clips and self.machine.zero_stage and self.machine.world_size > 1:
+            notes.append(
+                "gradients are clipped, so DeepSpeed handles them, parameter by parameter; with reduce_scatter false, "
+                f"because a slice for each of {self.machine.world_size:,} ranks costs the host more"
+            )
         if self.times is None and isinstance(costs, ModelCosts):
             notes.append(
                 f"not counted: HOG targets ({costs.hog_operations / 1e6:.1f} M elementwise operations an image), "
