@@ -183,6 +183,7 @@ def run_verify(options: argparse.Namespace) -> int:
     """Check a folder of shards and say what is wrong with it."""
     from data_prep.verification import verify
 
+    _check_inputs(options)
     verdict = verify(options.folder, workers=options.workers)
     if not verdict.problems:
         sys.stdout.write(f"{verdict.num_shards} shards with {verdict.num_samples} samples: all checks passed\n")
@@ -200,6 +201,7 @@ def run_describe(options: argparse.Namespace) -> int:
     """Say what is in a folder of shards."""
     from data_prep.description import describe, draw_figure
 
+    _check_inputs(options)
     description = describe(options.folder, workers=options.workers)
     figure = options.png or options.folder / "describe.png"
     sys.stdout.write(f"{description}\n")
@@ -219,6 +221,7 @@ def _pack(read: Callable[[], ImageSet], options: argparse.Namespace) -> int:
         resize_shorter=getattr(options, "resize_shorter", None),
         quality=getattr(options, "quality", None),
     )
+    _check_inputs(options)
     images = read()
     for note in images.notes:
         sys.stdout.write(f"{note}\n")
@@ -264,7 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.workers < 1:
             raise InputError(f"--workers must be at least 1, not {options.workers}.")
-        _check_inputs(options)
         return int(options.run(options))
     except (InputError, OutputError) as error:
         sys.stderr.write(f"error: {error}\n")
