@@ -69,6 +69,7 @@ def cells_of(written: str) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
+@pytest.mark.timeout(900)  # a machine that others use too
 def test_the_rehearsal_measures_every_cell(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [40, 40])
     (tmp_path / "authors").mkdir()
@@ -101,6 +102,7 @@ def test_the_rehearsal_measures_every_cell(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: what a GPU does was NOT measured")
 def test_on_a_gpu_every_cell_is_measured_and_as_it_should_be(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", [40, 40])

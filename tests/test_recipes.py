@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ def test_half_costs_half_and_short_takes_three_hours() -> None:
 
 
 @pytest.mark.parametrize("recipe", HARDWARE_RECIPES)
+def test_a_recipe_for_gpus_compiles(recipe: str) -> None:
+    assert load_config(recipe).model.compile
+
+
+@pytest.mark.parametrize("recipe", HARDWARE_RECIPES)
 def test_rates_are_in_proportion_to_the_batch_and_precision_to_the_card(recipe: str) -> None:
     ranks, _ = hardware_of(recipe)
     config = load_config(recipe)
@@ -188,10 +194,12 @@ def take_two_steps(recipe: str, folder: Path) -> Trained:
 
 
 @pytest.fixture
-def any_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the CPU train in fp16, which DeepSpeed refuses on those without units for it."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with torch._dynamo.config.patch(disable=True):  # tests/test_compile.py compiles
+        yield
 
 
 @pytest.mark.usefixtures("any_precision")

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from vitfreeze.architecture import FreezeUnit, ModelSize, classifier_units
+from vitfreeze.model.compiled import compile_each
 from vitfreeze.model.local_mim import LAYER_NORM_EPS, check_state, sincos_positions
 
 # MAE's and LocalMIM's fine-tuning begin with a classifier that says next to nothing.
@@ -165,9 +166,8 @@ class Classifier(VisionTransformer):
         return cast(ClassifierOutput, output).logits
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile every block by itself; options are those of `torch.compile`."""
-        for block in self.blocks:
-            block.compile(**options)
+        """Compile every block by itself, see `compile_each`; options are those of `torch.compile`."""
+        compile_each(self.blocks, **options)
 
 
 class WeightAverage(nn.Module):

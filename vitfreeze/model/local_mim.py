@@ -13,6 +13,7 @@ encoder to the loss: attention does not care, and what is wanted of each group i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -33,6 +34,7 @@ from vitfreeze.architecture import (
     localmim_units,
     tap_blocks,
 )
+from vitfreeze.model.compiled import compile_each
 from vitfreeze.model.frozen_block import run_frozen
 from vitfreeze.model.hog import check_images
 from vitfreeze.model.targets import Pixels, TargetMaker
@@ -432,6 +434,7 @@ class LocalMIM(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self._grids: dict[tuple[int, torch.device], Grid] = {}
         self._target_maker = TargetMaker()
+        self._is_compiled = False
         self.scale_weights = _check_scale_weights((1.0,) * len(self.taps) if scale_weights is None else scale_weights)
 
         norm_layer = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
@@ -527,9 +530,10 @@ class LocalMIM(nn.Module):
         Arguments and errors are those of `forward`, which computes only what the loss reads of this.
         """
         self._check_size(images)
-        taps, ids_BL, targets = self._encode_visible(
-            images, noise=noise, frozen_layers=frozen_layers, num_visible=self.num_visible
-        )  # fmt: skip
+        with self._uncompiled():
+            taps, ids_BL, targets = self._encode_visible(
+                images, noise=noise, frozen_layers=frozen_layers, num_visible=self.num_visible
+            )
         return {k: self._head(k).predict(tap, ids_BL, targets[k]) for k, tap in taps.items()}
 
     def encode(self, images: Tensor, *, blocks: Sequence[int] | None = None, norm: bool = False) -> list[Tensor]:
@@ -552,7 +556,8 @@ class LocalMIM(nn.Module):
             raise ValueError(f"blocks is {wanted}, expected numbers from 1 to depth {self.depth}")
         patches_BLD = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))
         tokens_BND = self._prepend_cls_token(patches_BLD, self.pos_embed[:, 1:], frozen_layers=0)
-        features = self._run_blocks(tokens_BND, frozen_layers=0, wanted=wanted)
+        with self._uncompiled():
+            features = self._run_blocks(tokens_BND, frozen_layers=0, wanted=wanted)
         final = self._head(-1).norm
         return [final(features[block].to(final.weight.dtype)) if norm else features[block] for block in wanted]
 
@@ -703,15 +708,20 @@ class LocalMIM(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile every block and every head by itself; options are those of `torch.compile`.
+        """Compile every block and every head by itself, see `compile_each`; options are those of `torch.compile`.
 
-        Shapes are static unless `dynamic` says otherwise. All blocks share their graphs (one with gradients, one for
-        the first block above the frozen prefix, one for frozen blocks), and heads that leave take theirs along: a
-        longer prefix runs what is already compiled. Nothing else changes: names, weights and results stay.
+        All blocks share their graphs (one with gradients, one for the first block above the frozen prefix, one for
+        frozen blocks), and heads that leave take theirs along: a longer prefix runs what is already compiled. Nothing
+        else changes: names, weights and results stay. `encode` and `predict` (probes and pictures, of other shapes and
+        now and then) run what was not compiled. Targets are not compiled: a compiler that fuses a multiplication with
+        an addition moves pixels to other bins, and on a GPU they have a kernel of their own.
         """
-        options.setdefault("dynamic", False)
-        for part in (*self.blocks, *self.heads):
-            part.compile(**options)
+        compile_each((*self.blocks, *self.heads), **options)
+        self._is_compiled = True
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Return a context in which blocks run as if they were not compiled."""
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
 
 
 def check_state(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], *, strict: bool = True) -> None:
