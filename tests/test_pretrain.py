@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vitfreeze import cli
 from vitfreeze.config import load_config
+from vitfreeze.curriculum import ImageStage
 from vitfreeze.planner import ModelCosts
 from vitfreeze.schedule import build_schedule
 
@@ -122,8 +123,10 @@ def test_metrics_and_tensorboard_tell_the_same(job: tuple[Path, subprocess.Compl
         assert line["loss"] == pytest.approx(sum(line["losses"].values()), rel=1e-5)
     assert {"epoch", "lr", "frozen_layers", "images_per_second", "data_wait_fraction", "optimizer_state_bytes",
             "gradient_elements", "loss_scale"} <= set(lines[0])  # fmt: skip
-    costs = ModelCosts.from_config(load_config(run_dir / "config.yaml"))
+    config = load_config(run_dir / "config.yaml")
     for line in lines:
+        treatment = {name: line[name] for name in ("img_size", "mask_ratio", "decoded_share")}
+        costs = ModelCosts.from_config(config, ImageStage(first_step=0, **treatment))
         per_rank = line["images_per_second"] / line["world_size"] * costs.step_flops(line["frozen_layers"])
         assert line["teraflops"] == pytest.approx(per_rank / 1e12)
     board = EventAccumulator(str(run_dir / "tensorboard"))
@@ -153,7 +156,7 @@ def test_second_call_finds_the_run_finished(
         (["data.train="], ["data.train"]),
         (["batch.global_size=100", "batch.micro_size=33"], ["batch.global_size", "100", "33", "3.030"]),
         (["batch.global_size=1000000"], ["1000000"]),
-        (["model.patch_size=14", "model.img_size=224"], ["14 / 4 = 3.5"]),
+        (["model.patch_size=14", "model.img_size=224", "curriculum.img_size=[]"], ["14 / 4 = 3.5"]),
         (["run.ds_config=nothing"], ["run.ds_config", "zero1_fp16"]),
     ],
 )
