@@ -32,12 +32,12 @@ from vitfreeze.data import (
 )
 from vitfreeze.engine import CollectiveClock, FreezingEngine, join_fake_ranks
 from vitfreeze.files import read_json
-from vitfreeze.model import LocalMIM
+from vitfreeze.model import Classifier, LocalMIM
 from vitfreeze.planner import Plan, Stage, costs_of, plan
 from vitfreeze.planner.prediction import DEFAULT_DS_CONFIG, IMAGENET_TRAIN_IMAGES
 from vitfreeze.ranks import Ranks
 from vitfreeze.schedule import RunSchedule, build_schedule
-from vitfreeze.training.build import build_engine
+from vitfreeze.training.build import build_classifier, build_engine, build_model
 
 SHARD_SAMPLES = 10_000  # of the shards that are pretended where there are none
 HOST_STEPS = 5  # of which the quickest counts
@@ -167,7 +167,7 @@ class _Samples:
 
 
 def pretend(config: Config, *, world_size: int, rank: int = 0, images: int = 2, steps: int = 2) -> Pretence:
-    """Take the first steps of every stage of a pre-training recipe as one rank of `world_size`.
+    """Take the first steps of every stage of a recipe, of either task, as one rank of `world_size`.
 
     Args:
         config: the run.
@@ -183,7 +183,7 @@ def pretend(config: Config, *, world_size: int, rank: int = 0, images: int = 2, 
     for name, value in (("the number of ranks", world_size), ("images", images), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
-    config = choose_task(config, "pretrain")
+    config = choose_task(config, config.run.task)
     derive_accumulation(config, world_size=world_size)
     ranks = join_fake_ranks(rank=rank, world_size=world_size)
     found = count_training_images(config) or IMAGENET_TRAIN_IMAGES
@@ -193,7 +193,7 @@ def pretend(config: Config, *, world_size: int, rank: int = 0, images: int = 2, 
         samples, words = open_samples(here, ranks, images_per_epoch=found, most=images)
         planned = plan(here, world_size=world_size, images_per_epoch=samples.order.num_samples)
         schedule = build_schedule(here, steps_per_epoch=samples.steps_per_epoch)
-        engine = build_engine(here, ranks, frozen_layers=0)
+        engine = _open_engine(here, ranks)
         stages = tuple(_try_stage(engine, schedule, samples, stage, steps=steps) for stage in planned.stages)
         engine.destroy()
         narrow = narrow_model(here)
@@ -221,6 +221,8 @@ def suit_cpu(config: Config, folder: Path) -> tuple[Config, list[str]]:
         changes.append(f"fp32 in place of {precision} ({path.name}), in which products crawl on a CPU")
     if config.model.compile:
         changes.append("not compiled")
+    if config.run.task == "finetune":
+        changes.append("images as for pre-training, neither augmented nor mixed, and one label for all")
     single = folder / path.name
     single.write_text(json.dumps(content))
     return replace(
@@ -230,6 +232,19 @@ def suit_cpu(config: Config, folder: Path) -> tuple[Config, list[str]]:
         freeze=replace(config.freeze, prefix_precision="auto"),
         data=replace(config.data, workers=0),
     ), changes
+
+
+def _open_engine(config: Config, ranks: Ranks) -> FreezingEngine:
+    """Return the engine of the task, with weights that were not trained."""
+    model = build_classifier(config) if config.run.task == "finetune" else build_model(config)
+    return build_engine(config, ranks, frozen_layers=0, model=model)
+
+
+def _ask_model(model: LocalMIM | Classifier, images: ImageStage, *, count: int) -> dict[str, Any]:
+    """Return what the model is given beside its images."""
+    if isinstance(model, Classifier):
+        return {"targets": torch.zeros(count, dtype=torch.long)}
+    return {"mask_ratio": images.mask_ratio, "decoded_share": images.decoded_share}
 
 
 def open_samples(config: Config, ranks: Ranks, *, images_per_epoch: int, most: int) -> tuple[_Samples, str]:
@@ -309,7 +324,7 @@ def _take_step(engine: FreezingEngine, pixels: Sequence[Tensor], images: ImageSt
     """Take one optimizer step; return the seconds of forward passes, backward passes and the optimizer."""
     marks = [time.perf_counter()]
     for batch in pixels:
-        loss = engine(batch, mask_ratio=images.mask_ratio, decoded_share=images.decoded_share).loss
+        loss = engine(batch, **_ask_model(engine.module, images, count=len(batch))).loss
         marks.append(time.perf_counter())
         engine.backward(loss)
         marks.append(time.perf_counter())
@@ -321,7 +336,7 @@ def _take_step(engine: FreezingEngine, pixels: Sequence[Tensor], images: ImageSt
 
 def measure_activations(engine: FreezingEngine, images: ImageStage) -> float:
     """Return the bytes that autograd keeps of one more image, without parameters."""
-    model: LocalMIM = engine.module
+    model: LocalMIM | Classifier = engine.module
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
 
     def kept_bytes(count: int) -> int:
@@ -334,10 +349,8 @@ def measure_activations(engine: FreezingEngine, images: ImageStage) -> float:
 
         pixels = torch.zeros(count, 3, images.img_size, images.img_size)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(
-                pixels, frozen_layers=engine.frozen_layers, mask_ratio=images.mask_ratio,
-                decoded_share=images.decoded_share,
-            )  # fmt: skip
+            asked = _ask_model(model, images, count=count)
+            output = model(pixels, frozen_layers=engine.frozen_layers, **asked)
         assert output.loss.requires_grad
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -353,7 +366,7 @@ def narrow_model(config: Config) -> Config:
 
 def measure_host(config: Config, ranks: Ranks, frozen_layers: Sequence[int]) -> Iterator[HostTime]:
     """Yield the host's time in a step with so many frozen layers, as they freeze."""
-    engine = build_engine(config, ranks, frozen_layers=0)
+    engine = _open_engine(config, ranks)
     engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))
     side = config.model.img_size
     images = ImageStage(first_step=0, img_size=side, mask_ratio=config.model.mask_ratio, decoded_share=1.0)

@@ -109,6 +109,10 @@ def _judge_host(pretence: Pretence) -> Finding:
 def _tell_input(pretence: Pretence) -> Finding:
     cores = [stage.input_cores for stage in pretence.plan.stages if stage.input_cores is not None]
     speeds = [stage.images_per_second for stage in pretence.plan.stages]
+    if not cores:
+        return ok(
+            f"{min(speeds):,.0f} to {max(speeds):,.0f} images/s a GPU; `vitfreeze bench data` measures what cores give"
+        )
     return ok(
         f"{min(cores):.1f} to {max(cores):.1f} cores a GPU for {min(speeds):,.0f} to {max(speeds):,.0f} images/s "
         "(an EPYC's, from JPEGs of 288 pixels; `vitfreeze bench data` measures yours)"

@@ -81,6 +81,21 @@ def build_model(config: Config) -> LocalMIM:
     return model
 
 
+def build_classifier(config: Config) -> Classifier:
+    """Build the classifier of fine-tuning with the weights that the seed gives."""
+    settings = config.finetune
+    torch.manual_seed(config.run.seed)
+    return Classifier(
+        size=config.model.resolve(),
+        img_size=config.model.img_size,
+        num_classes=settings.num_classes,
+        global_pool=settings.global_pool,
+        drop_path=settings.drop_path,
+        activation_checkpointing=config.model.activation_checkpointing,
+        average_decay=settings.model_ema_decay,
+    )
+
+
 def build_engine(
     config: Config, ranks: Ranks, *, frozen_layers: int, model: LocalMIM | Classifier | None = None
 ) -> FreezingEngine:

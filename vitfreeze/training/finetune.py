@@ -33,6 +33,7 @@ from vitfreeze.plots import plot_run
 from vitfreeze.pretrained import encoder_weights
 from vitfreeze.ranks import Ranks
 from vitfreeze.schedule import ScheduledStep
+from vitfreeze.training.build import build_classifier
 from vitfreeze.training.loop import run_task
 from vitfreeze.training.summary import log_summary
 from vitfreeze.training.task import read_beginning, refuse_settings
@@ -120,23 +121,13 @@ class Finetuning:
         Raises:
             ValueError: its tensors do not fit.
         """
-        config, settings = self.config, self.config.finetune
-        torch.manual_seed(config.run.seed)
-        model = Classifier(
-            size=config.model.resolve(),
-            img_size=config.model.img_size,
-            num_classes=settings.num_classes,
-            global_pool=settings.global_pool,
-            drop_path=settings.drop_path,
-            activation_checkpointing=config.model.activation_checkpointing,
-            average_decay=settings.model_ema_decay,
-        )
+        model = build_classifier(self.config)
         if is_new and self._beginning is not None:
             model.load_encoder(fit_positions(encoder_weights(self._beginning), model=model))
             logger.info("fine-tuning begins with %s", self._beginning.origin)
         elif is_new:
             logger.warning("fine-tuning begins with random weights, because model.init_from is empty")
-        if config.model.compile:
+        if self.config.model.compile:
             model.compile_parts()
         return model
 
