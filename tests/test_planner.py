@@ -532,6 +532,34 @@ def test_comparison_weighs_stages_by_their_steps() -> None:
     assert f"Freezing saved {measured.measured_saving:.1%} of the step time" in text
 
 
+def test_comparison_of_a_curriculum_is_with_plain_steps() -> None:
+    stages = [[0, 128], [0.3, 160], [0.5, 224]]
+    config = configure(run__length="100 steps", optim__warmup=0, curriculum__img_size=stages)
+    whole = plan(config, steps_per_epoch=10)
+    kinds = [(stage.frozen_layers, stage.images.img_size) for stage in whole.stages]
+    assert kinds[:3] == [(0, 128), (0, 160), (0, 224)]
+    metrics = []
+    for stage in whole.stages:  # small images cost a quarter more than planned, and everything else what was planned
+        speed = 100 / stage.relative_cost / (1.25 if stage.images.img_size == 128 else 1)
+        metrics += [
+            {**metric(step, stage.frozen_layers, speed), "img_size": stage.images.img_size}
+            for step in range(stage.first_step + 1, stage.end_step + 1)
+        ]
+    comparison = compare_with_measurement(whole, metrics)
+    first = comparison.stages[0]
+    assert comparison.reference.images.img_size == 224
+    assert first.measured_cost == pytest.approx(1.25 * first.predicted_cost)
+    for stage in comparison.stages[1:]:
+        assert stage.measured_cost == pytest.approx(stage.predicted_cost)
+    text = format_comparison(comparison)
+    assert "pixels" in text
+    assert "masked" not in text
+    assert "Freezing and the curriculum saved" in text
+    early = compare_with_measurement(whole, [line for line in metrics if line["img_size"] == 128])
+    assert early.measured_saving == pytest.approx(early.predicted_saving) == pytest.approx(1 - first.predicted_cost)
+    assert "the plan's ratio to the steps at 128 pixels" in format_comparison(early)
+
+
 def test_comparison_covers_only_what_was_logged() -> None:
     whole = plan(configure(run__length="100 steps", optim__warmup=0), steps_per_epoch=10)
     early = compare_with_measurement(whole, [metric(10, 0, 50.0), metric(20, 0, 100.0)])

@@ -8,6 +8,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from vitfreeze.config import Config
+from vitfreeze.curriculum import ImageStage
 from vitfreeze.planner.prediction import Plan, Stage, plan
 
 # Frozen layers, image size, mask ratio and decoded share: what decides the cost of a step.
@@ -16,9 +17,10 @@ _Kind = tuple[int, int, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class StageComparison:
-    """One stage of a run: what was predicted and what was measured; costs are relative to the run's own start."""
+    """One stage of a run: what was predicted and what was measured; a step without freezing and curriculum costs 1."""
 
     frozen_layers: int
+    images: ImageStage
     steps: int  # that the metrics cover
     images_per_second: float  # median
     predicted_cost: float
@@ -31,12 +33,23 @@ class StageComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The plan held against a run. Savings are shares of the compute time of the steps that the metrics cover."""
+    """The plan held against a run.
+
+    Savings are shares of the compute time that the steps which the metrics cover would have taken without freezing and
+    curriculum. That time is measured where the run took such steps; if it did not, it is what the plan says beside the
+    dearest of its steps before the first freeze, `reference`.
+    """
 
     stages: tuple[StageComparison, ...]
+    reference: StageComparison
     predicted_saving: float
     measured_saving: float
     freezing_seconds: float  # spent on dropping layers, which no step contains
+
+    @property
+    def has_curriculum(self) -> bool:
+        """Say whether the images changed in the run, or were not the plain run's."""
+        return len({kind_of(stage)[1:] for stage in self.stages}) > 1 or self.reference.predicted_cost != 1
 
 
 def compare_with_measurement(
@@ -63,38 +76,38 @@ def compare_with_measurement(
         previous = line["step"]
     if not is_comparable(metrics):
         raise ValueError("the metrics hold no step before the first freeze, so there is no speed to compare with")
-    planned = {
-        (s.frozen_layers, s.images.img_size, s.images.mask_ratio, s.images.decoded_share): s for s in plan.stages
+    planned = {kind_of(stage): stage for stage in plan.stages}
+    known = [kind for kind in lines if kind in planned]
+    dearest = max((kind for kind in known if kind[0] == 0), key=lambda kind: planned[kind].relative_cost)
+    plain_speed = median(_speeds(lines[dearest])) * planned[dearest].relative_cost
+    found = {
+        kind: _compare_stage(planned[kind], lines[kind], steps=covered[kind], plain_speed=plain_speed) for kind in known
     }
-    unfrozen = next(kind for kind in lines if kind[0] == 0)
-    # A step costs 1 without freezing and curriculum; the plan says what the first stage costs beside that.
-    start = median([line["images_per_second"] for line in _settled(lines[unfrozen])]) * planned[unfrozen].relative_cost
-    stages = tuple(
-        _compare_stage(planned[kind], lines[kind], steps=covered[kind], start=start)
-        for kind in lines
-        if kind in planned
-    )
+    stages = tuple(found.values())
     steps = sum(stage.steps for stage in stages)
     return Comparison(
         stages=stages,
+        reference=found[dearest],
         predicted_saving=1 - sum(stage.steps * stage.predicted_cost for stage in stages) / steps,
         measured_saving=1 - sum(stage.steps * stage.measured_cost for stage in stages) / steps,
         freezing_seconds=sum(event.get("seconds", 0.0) for event in events if event["event"] == "freeze"),
     )
 
 
-def _compare_stage(stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: int, start: float) -> StageComparison:
-    settled = _settled(lines)
-    speeds = [line["images_per_second"] for line in settled]
+def _compare_stage(
+    stage: Stage, lines: Sequence[Mapping[str, Any]], *, steps: int, plain_speed: float
+) -> StageComparison:
+    settled, speeds = _settled(lines), _speeds(lines)
     speed = median(speeds)
     slow, fast = quartiles(speeds)
     return StageComparison(
         frozen_layers=stage.frozen_layers,
+        images=stage.images,
         steps=steps,
         images_per_second=speed,
         predicted_cost=stage.relative_cost,
-        measured_cost=start / speed,
-        measured_range=(start / fast, start / slow),
+        measured_cost=plain_speed / speed,
+        measured_range=(plain_speed / fast, plain_speed / slow),
         data_wait_fraction=sum(line["data_wait_fraction"] for line in settled) / len(settled),
         predicted_state_bytes=stage.optimizer_state_bytes,
         measured_state_bytes=lines[-1]["optimizer_state_bytes"],
@@ -105,6 +118,16 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     """Return the first and the third quartile; those of a single value are the value."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
     return low, high
+
+
+def kind_of(stage: Stage | StageComparison) -> _Kind:
+    """Return what decides the cost of a stage's steps."""
+    images = stage.images
+    return stage.frozen_layers, images.img_size, images.mask_ratio, images.decoded_share
+
+
+def _speeds(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [line["images_per_second"] for line in _settled(lines)]
 
 
 def _settled(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
+from vitfreeze.curriculum import ImageStage
 from vitfreeze.planner.comparison import Comparison
 from vitfreeze.planner.input import STORED_SIZE
 from vitfreeze.planner.prediction import Plan, Stage
@@ -195,14 +196,34 @@ def _quote(overrides: Sequence[str]) -> str:
 
 def format_comparison(comparison: Comparison) -> str:
     """Return the plan and the measured run, stage by stage, and both savings."""
-    heading = ["frozen layers", "steps", "images/s", "planned cost", "measured", "waits for data", "optimizer"]
-    rows = [[*heading, "planned"]]
-    for stage in comparison.stages:
-        cells = [str(stage.frozen_layers), f"{stage.steps:,}", f"{stage.images_per_second:.1f}"]
-        cells += [f"{stage.predicted_cost:.3f}", f"{stage.measured_cost:.3f}", f"{stage.data_wait_fraction:.0%}"]
+    differing = differing_images([stage.images for stage in comparison.stages])
+    heading = ["frozen layers", *differing, "steps", "images/s", "planned cost", "measured", "waits for data"]
+    rows = [[*heading, "optimizer", "planned"]]
+    for number, stage in enumerate(comparison.stages):
+        cells = [str(stage.frozen_layers), *(values[number] for values in differing.values()), f"{stage.steps:,}"]
+        cells += [f"{stage.images_per_second:.1f}", f"{stage.predicted_cost:.3f}", f"{stage.measured_cost:.3f}"]
+        cells += [f"{stage.data_wait_fraction:.0%}"]
         cells += [format_bytes(stage.measured_state_bytes), format_bytes(stage.predicted_state_bytes)]
         rows.append(cells)
-    return (
-        f"{format_table(rows)}\nFreezing saved {comparison.measured_saving:.1%} of the step time; the plan said "
+    what = "Freezing and the curriculum" if comparison.has_curriculum else "Freezing"
+    text = (
+        f"{format_table(rows)}\n{what} saved {comparison.measured_saving:.1%} of the step time; the plan said "
         f"{comparison.predicted_saving:.1%}; dropping layers took {comparison.freezing_seconds:.1f} s in all"
     )
+    reference = comparison.reference
+    if reference.predicted_cost == 1:
+        return text
+    return (
+        f"{text}. The run took no step without freezing and curriculum: what one costs is the plan's ratio to the "
+        f"steps at {reference.images.img_size} pixels with nothing frozen"
+    )
+
+
+def differing_images(stages: Sequence[ImageStage]) -> dict[str, list[str]]:
+    """Return columns of what is not the same in all stages, by their headings."""
+    columns = {
+        "pixels": [str(stage.img_size) for stage in stages],
+        "masked": [f"{stage.mask_ratio:g}" for stage in stages],
+        "decoded": [f"{stage.decoded_share:g}" for stage in stages],
+    }
+    return {name: values for name, values in columns.items() if len(set(values)) > 1}

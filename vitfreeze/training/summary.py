@@ -52,11 +52,11 @@ def log_summary(config: Config, directory: Path, lines: Sequence[str]) -> None:
 
 
 def hold_against_plan(config: Config, directory: Path, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Return the saving that the plan predicted beside the measured one; nothing for a run that froze nothing."""
-    if len({line["frozen_layers"] for line in metrics}) == 1 or not is_comparable(metrics):
+    """Return the saving that the plan predicted beside the measured one; nothing for a plain run."""
+    if not is_comparable(metrics):
         return ""
-    events = read_json_lines(directory / "events.jsonl")
-    return format_comparison(compare_run(config, metrics, events=events))
+    comparison = compare_run(config, metrics, events=read_json_lines(directory / "events.jsonl"))
+    return format_comparison(comparison) if len(comparison.stages) > 1 or comparison.has_curriculum else ""
 
 
 def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) -> list[str]:
@@ -77,11 +77,15 @@ def compare_by_knn(config: Config, *, model: LocalMIM, fresh_model: LocalMIM) ->
 
 
 def summary_table(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Return speed and optimizer state before the first freeze and after the last one, medians over logged lines."""
+    """Return speed and optimizer state before the first freeze and after the last one, medians over logged lines.
+
+    Where the size of the images changed before the first freeze, its last size counts.
+    """
     fewest = min(line["frozen_layers"] for line in metrics)
     most = max(line["frozen_layers"] for line in metrics)
     # The first line of a process holds its warm-up.
-    before = [line for line in metrics if line["frozen_layers"] == fewest][1:] or metrics[:1]
+    unfrozen = [line for line in metrics if line["frozen_layers"] == fewest][1:] or metrics[:1]
+    before = [line for line in unfrozen if line.get("img_size") == unfrozen[-1].get("img_size")]
     after = [line for line in metrics if line["frozen_layers"] == most]
 
     def row(name: str, key: str, show: Any) -> tuple[str, str, str, str]:
@@ -92,9 +96,19 @@ def summary_table(metrics: Sequence[Mapping[str, Any]]) -> str:
         [
             ("", "before first freeze", "after last freeze", "ratio"),
             ("frozen layers", str(fewest), str(most), ""),
+            *_sizes(before, after),
             row("images/s", "images_per_second", "{:.1f}".format),
             row("step time", "step_seconds", lambda seconds: f"{1000 * seconds:.0f} ms"),
             row("optimizer state per rank", "optimizer_state_bytes", format_bytes),
             row("gradients reduced per step", "gradient_elements", lambda count: f"{count:,.0f}"),
         ]
     )
+
+
+def _sizes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Return a row with the sizes of the images, if they differ."""
+
+    def name(lines: Sequence[Mapping[str, Any]]) -> str:
+        return ", ".join(dict.fromkeys(str(line.get("img_size", "")) for line in lines))
+
+    return [] if name(before) == name(after) else [("image size", name(before), name(after), "")]
