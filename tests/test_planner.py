@@ -271,6 +271,11 @@ def test_plan_of_the_paper() -> None:
     assert costs == sorted(costs, reverse=True)
 
 
+def test_what_the_authors_measured_is_of_their_length() -> None:
+    assert plan(load_config("paper")).authors.startswith("82.5 %")
+    assert plan(load_config("paper", ["run.length=50 epochs"])).authors == ""
+
+
 def test_without_freezing_nothing_is_saved() -> None:
     for config in (load_config("off"), configure(freeze__t_0=1)):
         whole = plan(config)

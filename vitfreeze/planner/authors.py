@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitfreeze.config import Config, CurriculumConfig
+from vitfreeze.config import Config, CurriculumConfig, Duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,13 @@ AUTHORS_RESULTS: tuple[AuthorsResult, ...] = (
     AuthorsResult(how="linear", t_0=0.50, scale_lr=True, top1=82.5),
 )
 AUTHORS_MODEL = "vit_base_patch16"
+AUTHORS_LENGTH = Duration(100, "epochs")
 AUTHORS_WITHOUT_FREEZING = AuthorsResult(how="off", t_0=1.0, scale_lr=True, top1=83.2, hours=48)
 
 
 def describe_authors(config: Config) -> str:
-    """Return what the authors measured with the settings of a run, or near them; empty if it is not their model."""
-    if not _is_authors_model(config) or config.freeze.mode == "adaptive" or config.optim.schedule != "cosine":
+    """Return what the authors measured with the settings of a run, or near them; empty if it is not a run of theirs."""
+    if not _is_authors_run(config) or config.freeze.mode == "adaptive" or config.optim.schedule != "cosine":
         return ""
     t_0 = 1.0 if config.freeze.mode == "off" else config.freeze.t_0
     has_curriculum = config.curriculum != CurriculumConfig()
@@ -43,8 +44,9 @@ def describe_authors(config: Config) -> str:
     return find_authors_results(config.freeze.how, t_0=t_0, scale_lr=config.freeze.scale_lr)
 
 
-def _is_authors_model(config: Config) -> bool:
-    return config.model.size == AUTHORS_MODEL and config.run.task == "pretrain"
+def _is_authors_run(config: Config) -> bool:
+    run = config.run
+    return config.model.size == AUTHORS_MODEL and run.task == "pretrain" and run.length == AUTHORS_LENGTH
 
 
 def find_authors_results(how: str, *, t_0: float, scale_lr: bool) -> str:

@@ -179,12 +179,11 @@ class _Search:
         for way, variant in found.items():
             hours = self.hours(variant)
             reached = 0 < hours <= budget
-            knows = knows_authors and variant.run.length == config.run.length
             ways.append(
                 Target(
                     way=way, overrides=tuple(overrides_between(config, variant)) if reached else None,
                     gpu_hours=hours, saving=1 - hours / plain,
-                    authors=describe_authors(variant) if reached and knows else "",
+                    authors=describe_authors(variant) if reached and knows_authors else "",
                 )
             )  # fmt: skip
         return tuple(ways)
