@@ -334,6 +334,15 @@ def test_the_best_plain_rate_is_the_control() -> None:
     assert found["paper", 1e-3].differences["finetuned"].mean == pytest.approx(0.49 - 0.55, abs=1e-3)
 
 
+def test_explored_arms_stand_against_plain_of_their_own_rate() -> None:
+    faster = [make_record("plain", seed, 0.55, blr=2e-3) for seed in (0, 1, 2)]
+    other = [make_record("paper", seed, 0.50, blr=4e-3) for seed in (0, 1, 2)]
+    found = {(f.arm, f.blr): f for f in find([*EXPLORED, *faster, *other], at_equal_rate=True)}
+    assert found["paper", 1e-3].control_blr == 1e-3
+    assert found["paper", 1e-3].differences["finetuned"].mean == pytest.approx(0.49 - 0.51, abs=1e-3)
+    assert found["paper", 4e-3].control_blr == 2e-3, "nobody ran plain at its rate, so the best plain run counts"
+
+
 def test_freezing_is_credited_against_the_same_run_without_it() -> None:
     small = [make_record("small", seed, accuracy) for seed, accuracy in enumerate((0.53, 0.54, 0.55))]
     both = [make_record("small_global", seed, accuracy) for seed, accuracy in enumerate((0.52, 0.53, 0.5399))]

@@ -21,6 +21,8 @@ class Kind:
         words: what it is, in words.
         rates: rates of layers that freeze, where they are not the paper's.
         small_first: whether the run begins with small images: sizes and shares are those of the study's size.
+        decoded_share: share of the masked patches that the heads reconstruct, where that is not all of them.
+        t_0: share of the run after which the first layer freezes, where it is not the recipe's.
         stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
         unfrozen: kind that does all but the freezing, against which freezing is credited; of others it is plain.
     """
@@ -30,6 +32,8 @@ class Kind:
     words: str
     rates: str | None = None
     small_first: bool = False
+    decoded_share: float | None = None
+    t_0: float | None = None
     stopped: bool = False
     unfrozen: str = "plain"
 
@@ -55,6 +59,25 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "small_stable": Kind(
             recipe="unscaled", tuned_as="plain", words="small images first, frozen as `stable`", rates="stable",
             small_first=True, unfrozen="small",
+        ),
+        "half_decoded": Kind(
+            recipe="off", tuned_as="plain", words="half of the masked patches decoded, not frozen", decoded_share=0.5
+        ),
+        "half_decoded_global": Kind(
+            recipe="unscaled", tuned_as="plain", words="half of the masked patches decoded, frozen as `global`",
+            rates="global", decoded_share=0.5, unfrozen="half_decoded",
+        ),
+        "half_decoded_early": Kind(
+            recipe="unscaled", tuned_as="plain", words="half of the masked patches decoded, frozen as `global`, t_0 0.6",
+            rates="global", decoded_share=0.5, t_0=0.6, unfrozen="half_decoded",
+        ),
+        "small_half_decoded_global": Kind(
+            recipe="unscaled", tuned_as="plain", words="small images first, half of the masked patches decoded, frozen "
+            "as `global`", rates="global", small_first=True, decoded_share=0.5, unfrozen="small_half_decoded",
+        ),
+        "small_half_decoded": Kind(
+            recipe="off", tuned_as="plain", words="small images first, half of the masked patches decoded, not frozen",
+            small_first=True, decoded_share=0.5,
         ),
     }
 )  # fmt: skip

@@ -30,7 +30,7 @@ class Finding:
         blr: learning rate of pre-training per 256 images.
         accuracies: by metric, the mean over seeds and its interval, from 0 to 1.
         control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
-        control_blr: learning rate of the control.
+        control_blr: learning rate of that control.
         control_accuracy: what the control reaches by the primary metric, on the seeds that are shared.
         differences: by metric, the paired difference from the control, where seeds are shared with it.
         of_freezing: of arms that do more than freeze, the paired difference by the primary metric from the run of equal
@@ -95,28 +95,31 @@ def group_records(records: Iterable[Record]) -> dict[GroupKey, list[Record]]:
     return {key: groups[key] for key in sorted(groups, key=lambda key: (key[3] != "test", key))}
 
 
-def find(records: Sequence[Record]) -> list[Finding]:
-    """Return the findings of one group, by falling cost."""
+def find(records: Sequence[Record], *, at_equal_rate: bool = False) -> list[Finding]:
+    """Return the findings of one group, by falling cost.
+
+    Args:
+        records: of one group.
+        at_equal_rate: hold every arm against a control of its own learning rate where there is one. Otherwise the
+            control has the rate that suits it best, as a user's would.
+    """
     arms: dict[ArmKey, dict[int, Record]] = {}
     for record in records:
         arms.setdefault((record["arm"], record["budget"], record["blr"]), {})[record["seed"]] = record
-    found = [_find_arm(runs, _find_control(runs, arms, "plain"), _find_unfrozen(runs, arms)) for runs in arms.values()]
+    found = []
+    for runs in arms.values():
+        unfrozen_kind = parse_arm(next(iter(runs.values()))["arm"]).kind.unfrozen
+        plain, unfrozen = (
+            _find_control(runs, arms, kind, at_equal_rate=at_equal_rate) for kind in ("plain", unfrozen_kind)
+        )
+        found.append(_find_arm(runs, plain, {} if unfrozen_kind == "plain" else unfrozen))
     return sorted(found, key=lambda finding: (-round(finding.cost, 3), not finding.is_plain, finding.arm, finding.blr))
 
 
-def _find_unfrozen(runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]]) -> Mapping[int, Record]:
-    """Return the runs of the same cost that do all that these do but freeze, if that is more than being plain."""
-    unfrozen = parse_arm(next(iter(runs.values()))["arm"]).kind.unfrozen
-    return {} if unfrozen == "plain" else _find_control(runs, arms, unfrozen)
-
-
 def _find_control(
-    runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]], kind_name: str
+    runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]], kind_name: str, *, at_equal_rate: bool
 ) -> Mapping[int, Record]:
-    """Return the runs of a kind of the same cost, which may differ by one step, that share most seeds with `runs`.
-
-    Of runs with several learning rates, the best is the control, as it would be for a user.
-    """
+    """Return the runs of a kind of the same cost, which may differ by one step, that share most seeds with `runs`."""
     one = next(iter(runs.values()))
     if parse_arm(one["arm"]).kind_name == kind_name:
         return {}
@@ -127,9 +130,10 @@ def _find_control(
 
     controls = [others for others in arms.values() if fits(next(iter(others.values())))]
 
-    def rank(others: Mapping[int, Record]) -> tuple[int, float]:
+    def rank(others: Mapping[int, Record]) -> tuple[int, bool, float]:
         mean = sum(other["accuracy"][PRIMARY] for other in others.values()) / len(others)
-        return len(others.keys() & runs.keys()), mean
+        is_equal = at_equal_rate and next(iter(others.values()))["blr"] == one["blr"]
+        return len(others.keys() & runs.keys()), is_equal, mean
 
     return max(controls, key=rank, default={})
 

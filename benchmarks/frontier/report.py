@@ -55,7 +55,7 @@ def format_table(findings: Sequence[Finding]) -> str:
         *NAMES.values(),
         "fine-tuned, minus plain of equal cost",
         "so",
-        "minus small images first, not frozen, of equal cost",
+        "minus the same, not frozen, of equal cost",
     ]
     rows = [head, ["---"] * len(head)]
     for finding in findings:
@@ -190,7 +190,7 @@ def replace_block(text: str, name: str, content: str) -> str:
 def make_blocks(folder: Path) -> dict[str, str]:
     """Return what documents quote of a folder of records: block frontier (all tables), block frontier summary."""
     groups = group_records(read_records(folder))
-    tables = [f"{describe_group(key, group)}\n\n{format_table(find(group))}" for key, group in groups.items()]
+    tables = [f"{describe_group(key, group)}\n\n{format_table(find(group, at_equal_rate=True))}" for key, group in groups.items()]
     if (folder / "tuning.json").is_file():
         tables.append(format_tuning(json.loads((folder / "tuning.json").read_text())))
     key, group = next(iter(groups.items()))
