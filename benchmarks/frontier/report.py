@@ -190,7 +190,10 @@ def replace_block(text: str, name: str, content: str) -> str:
 def make_blocks(folder: Path) -> dict[str, str]:
     """Return what documents quote of a folder of records: block frontier (all tables), block frontier summary."""
     groups = group_records(read_records(folder))
-    tables = [f"{describe_group(key, group)}\n\n{format_table(find(group, at_equal_rate=True))}" for key, group in groups.items()]
+    tables = [
+        f"{describe_group(key, group)}\n\n{format_table(find(group, at_equal_rate=True))}"
+        for key, group in groups.items()
+    ]
     if (folder / "tuning.json").is_file():
         tables.append(format_tuning(json.loads((folder / "tuning.json").read_text())))
     key, group = next(iter(groups.items()))
