@@ -68,8 +68,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             rates="global", decoded_share=0.5, unfrozen="half_decoded",
         ),
         "half_decoded_early": Kind(
-            recipe="unscaled", tuned_as="plain", words="half of the masked patches decoded, frozen as `global` but from "
-            "t_0 0.6", rates="global", decoded_share=0.5, t_0=0.6, unfrozen="half_decoded",
+            recipe="unscaled", tuned_as="plain",
+            words="half of the masked patches decoded, frozen as `global`, but from "
+            "t_0 0.6 on", rates="global", decoded_share=0.5, t_0=0.6, unfrozen="half_decoded",
         ),
         "small_half_decoded_global": Kind(
             recipe="unscaled", tuned_as="plain", words="small images first, half of the masked patches decoded, frozen "
