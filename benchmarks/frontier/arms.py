@@ -76,6 +76,10 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             recipe="unscaled", tuned_as="plain", words="small images first, half of the masked patches decoded, frozen "
             "as `global`", rates="global", small_first=True, decoded_share=0.5, unfrozen="small_half_decoded",
         ),
+        "small_half_decoded_stable": Kind(
+            recipe="unscaled", tuned_as="plain", words="small images first, half of the masked patches decoded, frozen "
+            "as `stable`", rates="stable", small_first=True, decoded_share=0.5, unfrozen="small_half_decoded",
+        ),
         "small_half_decoded": Kind(
             recipe="off", tuned_as="plain", words="small images first, half of the masked patches decoded, not frozen",
             small_first=True, decoded_share=0.5,
