@@ -23,6 +23,7 @@ class Kind:
         small_first: whether the run begins with small images: sizes and shares are those of the study's size.
         decoded_share: share of the masked patches that the heads reconstruct, where that is not all of them.
         t_0: share of the run after which the first layer freezes, where it is not the recipe's.
+        schedule: `optim.schedule`, where it is not a cosine.
         stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
         unfrozen: kind that does all but the freezing, against which freezing is credited; of others it is plain.
     """
@@ -34,6 +35,7 @@ class Kind:
     small_first: bool = False
     decoded_share: float | None = None
     t_0: float | None = None
+    schedule: str | None = None
     stopped: bool = False
     unfrozen: str = "plain"
 
@@ -49,7 +51,16 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, one cosine for all", rates="global"
         ),
         "stable": Kind(
-            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates", rates="stable"
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates", rates="stable",
+            unfrozen="wsd",
+        ),
+        "wsd": Kind(
+            recipe="off", tuned_as="plain", words="not frozen; warm-up, level, decay over the last tenth",
+            schedule="wsd",
+        ),
+        "small_wsd": Kind(
+            recipe="off", tuned_as="plain", words="small images first, not frozen; warm-up, level, decay",
+            small_first=True, schedule="wsd",
         ),
         "small": Kind(recipe="off", tuned_as="plain", words="small images first, not frozen", small_first=True),
         "small_global": Kind(
@@ -58,7 +69,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "small_stable": Kind(
             recipe="unscaled", tuned_as="plain", words="small images first, frozen as `stable`", rates="stable",
-            small_first=True, unfrozen="small",
+            small_first=True, unfrozen="small_wsd",
         ),
         "half_decoded": Kind(
             recipe="off", tuned_as="plain", words="half of the masked patches decoded, not frozen", decoded_share=0.5

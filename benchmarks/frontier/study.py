@@ -68,6 +68,8 @@ class Study:
         chosen = {**self.size.encoder, **self.size.pretraining, "optim.blr": f"{cell.blr:g}"}
         if kind.rates:
             chosen["freeze.rates"] = kind.rates
+        if kind.schedule:
+            chosen["optim.schedule"] = kind.schedule
         if kind.small_first:
             chosen["curriculum.img_size"] = self.size.small_first
         if kind.decoded_share is not None:
