@@ -49,11 +49,12 @@ class FoundImages:
 
 
 def list_class_folders(root: Path) -> list[str]:
-    """Names of the visible folders in `root`, sorted.
+    """Names of the visible folders in `root`, sorted; a link to `root` itself or to a folder around it is none.
 
     Raises:
         InputError: there is no such folder, or it cannot be read.
     """
+    around = _folders_around(root)
     try:
         with os.scandir(root) as entries:
             # entry.is_dir() raises for a link that leads to itself
@@ -61,7 +62,10 @@ def list_class_folders(root: Path) -> list[str]:
                 entry.name
                 for entry in entries
                 if not entry.name.startswith(".")
-                and (entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)))
+                and (
+                    entry.is_dir(follow_symlinks=False)
+                    or (entry.is_symlink() and os.path.isdir(entry.path) and _identify(entry.path) not in around)
+                )
             )
     except OSError as error:
         raise InputError(f"cannot read the folder {root}: {error.strerror}.") from error
@@ -70,11 +74,12 @@ def list_class_folders(root: Path) -> list[str]:
 def find_images(root: Path, below: str, *, deep: bool = True) -> FoundImages:
     """All images in the folder `below` of `root`, and with `deep` in its folders.
 
-    Links are followed, also out of the tree, but a folder is entered once only; hidden files are not seen, and what
-    cannot be read is counted.
+    Links are followed, also out of the tree, but a folder is entered once only, by its own name rather than a link's,
+    and a folder around the tree never; hidden files are not seen, and what cannot be read is counted.
     """
     found = FoundImages()
-    for path, size in sorted(_walk_files(root / below, seen=set(), deep=deep, unreadable=found.unreadable)):
+    around = _folders_around(root) | _folders_around(root / below)
+    for path, size in sorted(_walk_files(root / below, around=around, deep=deep, unreadable=found.unreadable)):
         if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
             found.names.append(os.fsencode(PurePosixPath(os.path.relpath(path, root))))
             found.sizes.append(size)
@@ -83,32 +88,57 @@ def find_images(root: Path, below: str, *, deep: bool = True) -> FoundImages:
     return found
 
 
-def _walk_files(
-    folder: str | Path, *, seen: set[tuple[int, int]], deep: bool, unreadable: list[str]
-) -> Iterator[tuple[str, int]]:
+def _identify(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from all others, whatever it is called; raises OSError."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _folders_around(folder: Path) -> set[tuple[int, int]]:
+    """Identities of a folder and of all that it lies in; empty if there is no such folder."""
     try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            unreadable.append(f"{folder} (a link to a folder that was read already)")
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        unreadable.append(f"{folder} ({error.strerror})")
-        return
-    for entry in visible:
+        real = folder.resolve()
+        return {_identify(path) for path in (real, *real.parents)}
+    except (OSError, RuntimeError):  # RuntimeError: a link to itself, in older versions of Python
+        return set()
+
+
+def _walk_files(
+    start: Path, *, around: set[tuple[int, int]], deep: bool, unreadable: list[str]
+) -> Iterator[tuple[str, int]]:
+    seen: set[tuple[int, int]] = set()
+    folders, links = [str(start)], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
         try:
-            if not entry.is_dir():
+            identity = _identify(folder)
+            if identity in seen:
+                unreadable.append(f"{folder} (a link to a folder that was read already)")
+                continue
+            if identity in around and folder != str(start):
+                unreadable.append(f"{folder} (a link to a folder around it)")
+                continue
+            seen.add(identity)
+            with os.scandir(folder) as entries:
+                visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=_name_of)
+        except OSError as error:
+            unreadable.append(f"{folder} ({error.strerror})")
+            continue
+        for entry in visible:
+            try:
+                if entry.is_dir():
+                    if deep or (entry.is_symlink() and _identify(entry.path) in around):
+                        (links if entry.is_symlink() else folders).append(entry.path)
+                    continue
                 status = entry.stat()  # raises for links that lead nowhere, or to themselves
                 if stat.S_ISREG(status.st_mode):
                     yield entry.path, status.st_size
-                continue
-        except OSError as error:
-            unreadable.append(f"{entry.path} ({error.strerror})")
-            continue
-        if deep:
-            yield from _walk_files(entry.path, seen=seen, deep=deep, unreadable=unreadable)
+            except OSError as error:
+                unreadable.append(f"{entry.path} ({error.strerror})")
+
+
+def _name_of(entry: os.DirEntry[str]) -> str:
+    return entry.name
 
 
 def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = True) -> ImageSet:
@@ -124,6 +154,8 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
     """
     roots, left_alone = find_split_folders(root, labels=labels)
     notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
+    if root not in roots.values():
+        notes += [f"left alone: {what}" for what in find_images(root, "", deep=False).unreadable]
     classes = list_class_folders(next(iter(roots.values()))) if labels else []
     if not classes:
         if limit_classes is not None:
