@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
 from vitfreeze.config import Colours, Config
 from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.extensions import make_target
-from vitfreeze.files import suggest_path
+from vitfreeze.files import parse_json, suggest_path
 from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
 from vitfreeze.text import find_nearest
 
@@ -202,9 +201,9 @@ def _read_safetensors(path: Path) -> Pretrained:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from None
     try:
-        size = ModelSize(**json.loads(metadata["model_size"])) if "model_size" in metadata else None
-        colours = _read_colours(*json.loads(metadata["colours"])) if "colours" in metadata else IMAGENET
-    except (ValueError, TypeError, RecursionError) as error:
+        size = ModelSize(**parse_json(metadata["model_size"], name="model_size")) if "model_size" in metadata else None
+        colours = _read_colours(*parse_json(metadata["colours"], name="colours")) if "colours" in metadata else IMAGENET
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} has metadata that cannot be used: {error}") from None
     return _from_tensors(
         source, path=path, size=size, colours=colours, origin=metadata.get("origin", f"the weights in {path}")
