@@ -164,13 +164,19 @@ def run_imagenet(options: argparse.Namespace) -> int:
 
 def run_folder(options: argparse.Namespace) -> int:
     """Pack a tree of images, with a class per folder or without classes."""
-    from data_prep.folders import read_folder
+    from data_prep.folders import find_split_folders, read_folder
 
     if options.name is None:
         options.name = re.sub(r"[^A-Za-z0-9_]", "_", options.folder.resolve().name) or "images"
-    return _pack(
-        lambda: read_folder(options.folder, limit_classes=options.limit_classes, labels=not options.no_labels), options
-    )
+
+    def read() -> ImageSet:
+        out = options.out.resolve()
+        for root in find_split_folders(options.folder, labels=not options.no_labels)[0].values():
+            if root.resolve() in (out, *out.parents):  # the next call would take the shards for a class
+                raise InputError(f"--out {options.out} lies in {root}, where images are searched: give one beside it.")
+        return read_folder(options.folder, limit_classes=options.limit_classes, labels=not options.no_labels)
+
+    return _pack(read, options)
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_prep.catalogue import NO_LABEL, FileCatalogue, ImageSet, Listing, choose_classes, clean_key, number_repeated
+from data_prep.catalogue import (
+    NO_LABEL,
+    Catalogue,
+    FileCatalogue,
+    ImageSet,
+    Listing,
+    choose_classes,
+    clean_key,
+    number_repeated,
+)
 from data_prep.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
+SHOWN_KINDS = 3  # of files that are no images
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 
@@ -20,19 +31,20 @@ VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 class FoundImages:
     """Image files below a folder, as paths relative to the root with `/` between parts; sorted.
 
-    `unreadable` says of each file or folder that could not be looked at why not.
+    `others` counts the files that are no images by their suffixes, and `unreadable` says of each file or folder that
+    could not be looked at why not.
     """
 
     names: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    num_other_files: int = 0
+    others: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
 
     def add(self, other: FoundImages) -> None:
         """Append what was found elsewhere below the same root."""
         self.names += other.names
         self.sizes += other.sizes
-        self.num_other_files += other.num_other_files
+        self.others += other.others
         self.unreadable += other.unreadable
 
     def require_readable(self) -> None:
@@ -42,7 +54,8 @@ class FoundImages:
 
     def describe_rest(self) -> list[str]:
         """What is there besides images, as ends of a sentence."""
-        words = [f"{self.num_other_files} other files are left alone"] if self.num_other_files else []
+        kinds = ", ".join(suffix or "no suffix" for suffix, _ in self.others.most_common(SHOWN_KINDS))
+        words = [f"{self.others.total()} other files are left alone ({kinds})"] if self.others else []
         if self.unreadable:
             words.append(f"{len(self.unreadable)} files or folders cannot be read, the first: {self.unreadable[0]}")
         return words
@@ -80,11 +93,12 @@ def find_images(root: Path, below: str, *, deep: bool = True) -> FoundImages:
     found = FoundImages()
     around = _folders_around(root) | _folders_around(root / below)
     for path, size in sorted(_walk_files(root / below, around=around, deep=deep, unreadable=found.unreadable)):
-        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
             found.names.append(os.fsencode(PurePosixPath(os.path.relpath(path, root))))
             found.sizes.append(size)
         else:
-            found.num_other_files += 1
+            found.others[suffix] += 1
     return found
 
 
@@ -149,8 +163,8 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
     split are taken, however deep they lie, and have no label.
 
     Raises:
-        InputError: the folder cannot be read, a validation class that is not among the training classes, or a limit
-            of classes where there are none.
+        InputError: the folder cannot be read or a split of it has no image, a validation class that is not among the
+            training classes, or a limit of classes where there are none.
     """
     roots, left_alone = find_split_folders(root, labels=labels)
     notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
@@ -161,6 +175,7 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
         if limit_classes is not None:
             raise InputError(f"--limit-classes needs class folders, and {root} is packed without labels.")
         unlabelled = {split: _read_unlabelled(split, folder, notes) for split, folder in roots.items()}
+        _refuse_empty(unlabelled, notes)
         return ImageSet([], unlabelled, [*notes, "without labels: for pre-training, not for k-NN or fine-tuning"])
     chosen = choose_classes(classes, limit_classes)
     for folder in roots.values():
@@ -168,7 +183,15 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
         if unknown:
             raise InputError(f"{folder} holds the class {unknown[0]}, which the training images do not have.")
     labelled = {split: _read_labelled(split, folder, chosen, notes) for split, folder in roots.items()}
+    _refuse_empty(labelled, notes)
     return ImageSet(chosen, labelled, notes)
+
+
+def _refuse_empty(splits: Mapping[str, Catalogue], notes: Sequence[str]) -> None:
+    for split, catalogue in splits.items():
+        if not len(catalogue):
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise InputError(f"there is no image in the {split} split ({'; '.join(notes)}); images end in {kinds}.")
 
 
 def find_split_folders(root: Path, *, labels: bool = True) -> tuple[dict[str, Path], list[str]]:
@@ -208,7 +231,7 @@ def list_labelled(root: Path, folders: Sequence[str]) -> tuple[FoundImages, list
 def _read_labelled(split: str, root: Path, classes: list[str], notes: list[str]) -> FileCatalogue:
     found, labels = list_labelled(root, classes)
     loose = find_images(root, "", deep=False)
-    found.num_other_files += loose.num_other_files
+    found.others += loose.others
     found.unreadable += loose.unreadable
     empty = sorted(set(range(len(classes))) - set(labels))
     missing = f"; no image of {len(empty)} of them, as of {classes[empty[0]]}" if empty else ""

@@ -102,7 +102,7 @@ def test_odd_names_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {line["filename"] for line in skipped} == {"dog/half.jpg", "dog/empty.jpg"}
     assert all(line["reason"] and line["split"] == "train" for line in skipped)
     assert "left out because they do not decode: 2" in said
-    assert "1 other files" in said
+    assert "1 other files are left alone (.txt)" in said
     assert "1 files or folders cannot be read" in said
     assert "a link to a folder that was read already" in said
     assert "1 names hold further dots" in said
@@ -243,6 +243,29 @@ def test_links_in_a_circle_beside_train_and_val_are_told(tmp_path: Path) -> None
     assert images.classes == ["cat"]
     assert any(note.startswith("left alone:") and "again (a link to a folder " in note for note in images.notes)
     assert any(note.startswith("validation: 1 images of 1 classes") and "around it" in note for note in images.notes)
+
+
+def test_what_is_no_image_is_told_by_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("1.HEIC", "2.heic", "a/3.heic", "a/4.mp4", "README"):
+        write(tmp_path / "phone" / name, b"x")
+    assert main(["folder", str(tmp_path / "phone"), "--no-labels", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "there is no image in the train split (train: 0 images in" in said
+    assert "5 other files are left alone (.heic, no suffix, .mp4)" in said
+    assert "images end in .bmp, .gif, .jpeg," in said
+
+
+def test_shards_are_not_put_among_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next call would find a class named shards."""
+    for name in ("flat/1.jpg", "whole/train/cat/1.jpg", "whole/val/cat/1.jpg"):
+        write(tmp_path / name, jpeg())
+    for out in ("flat", "flat/shards"):
+        assert main(["folder", str(tmp_path / "flat"), "--out", str(tmp_path / out), "--workers", "1"]) == 2
+        assert "where images are searched: give one beside it" in capsys.readouterr().err
+    assert not (tmp_path / "flat" / "shards").exists()
+    pack(tmp_path / "whole", tmp_path / "whole" / "shards")  # beside its train and val nothing is searched
+    pack(tmp_path / "whole", tmp_path / "whole" / "shards")
+    assert "2 of 2 shards were there already" in capsys.readouterr().out
 
 
 def test_a_folder_inside_the_tree_goes_by_its_own_name(tmp_path: Path) -> None:
