@@ -110,7 +110,7 @@ def test_a_stopped_run_goes_on(reference: Path, tmp_path: Path, workers: int, si
 
 @pytest.mark.distributed
 def test_ctrl_c_while_the_workers_start_is_one_sentence(reference: Path, tmp_path: Path) -> None:
-    """A terminal sends it to the whole group: to the fork server in its imports too, and while a worker is half made."""
+    """A terminal sends it to the whole group: to the fork server in its imports, and while a worker is half made."""
     out = tmp_path / "out"
     command = [*DEMO, "--out", str(out), "--workers", "2"]
     process = start(["-m", "data_prep", *command])
