@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
+from data_prep.arguments import Parser
 from data_prep.catalogue import ImageSet
 from data_prep.errors import InputError, OutputError, suggest
 from data_prep.workers import default_workers
@@ -32,12 +33,12 @@ was when it is given again.
 
 
 # The type that add_subparsers returns has no public name.
-Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
-    parser = _Parser(
+    parser = Parser(
         prog="vitfreeze-data",
         description="Turn ImageNet's archives, or any folder of images, into WebDataset shards.",
         epilog=EPILOG,
@@ -163,13 +164,19 @@ def run_imagenet(options: argparse.Namespace) -> int:
 
 def run_folder(options: argparse.Namespace) -> int:
     """Pack a tree of images, with a class per folder or without classes."""
-    from data_prep.folders import read_folder
+    from data_prep.folders import find_split_folders, read_folder
 
     if options.name is None:
         options.name = re.sub(r"[^A-Za-z0-9_]", "_", options.folder.resolve().name) or "images"
-    return _pack(
-        lambda: read_folder(options.folder, limit_classes=options.limit_classes, labels=not options.no_labels), options
-    )
+
+    def read() -> ImageSet:
+        out = options.out.resolve()
+        for root in find_split_folders(options.folder, labels=not options.no_labels)[0].values():
+            if root.resolve() in (out, *out.parents):  # the next call would take the shards for a class
+                raise InputError(f"--out {options.out} lies in {root}, where images are searched: give one beside it.")
+        return read_folder(options.folder, limit_classes=options.limit_classes, labels=not options.no_labels)
+
+    return _pack(read, options)
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -229,14 +236,6 @@ def _pack(read: Callable[[], ImageSet], options: argparse.Namespace) -> int:
     summary = pack(images, options.out, settings=settings, workers=options.workers)
     sys.stdout.write(f"{summary}\n")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """Meets a misspelt command with the nearest one."""
-
-    def error(self, message: str) -> NoReturn:
-        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        super().error(message + (suggest(found[1], re.findall(r"\w+", found[2])) if found else ""))
 
 
 def _check_inputs(options: argparse.Namespace) -> None:

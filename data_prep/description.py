@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 from data_prep.catalogue import NO_LABEL
 from data_prep.errors import InputError, OutputError, UndecodableError
 from data_prep.images import EXTENSIONS, measure_colours
+from data_prep.json_text import parse_json
 from data_prep.manifest import require_manifest
 from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry
@@ -101,13 +101,13 @@ def describe_shard(entry: ShardEntry, *, folder: Path, decoded: Mapping[str, int
     for sample in read_samples(path):
         try:
             label = int(read_text(sample, "cls")) if "cls" in sample.members else NO_LABEL
-            facts = json.loads(read_text(sample, "json"))
+            facts = parse_json(read_text(sample, "json"))
             shorter = min(int(facts["height"]), int(facts["width"]))
             extension = next(name for name in sample.members if name in EXTENSIONS.values())
             if statistics.num_measured < decoded[entry.split]:
                 statistics.moments += measure_colours(sample.members[extension].read())
                 statistics.num_measured += 1
-        except (UndecodableError, ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
+        except (UndecodableError, ValueError, KeyError, TypeError, StopIteration) as error:
             raise InputError(f"{path} holds the damaged sample {sample.key}: `verify` tells more.") from error
         statistics.labels[label] += 1
         statistics.shorter_sides[shorter] += 1

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_prep.catalogue import NO_LABEL, FileCatalogue, ImageSet, Listing, choose_classes, clean_key, number_repeated
+from data_prep.catalogue import (
+    NO_LABEL,
+    Catalogue,
+    FileCatalogue,
+    ImageSet,
+    Listing,
+    choose_classes,
+    clean_key,
+    number_repeated,
+)
 from data_prep.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
+SHOWN_KINDS = 3  # of files that are no images
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 
@@ -20,19 +31,20 @@ VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 class FoundImages:
     """Image files below a folder, as paths relative to the root with `/` between parts; sorted.
 
-    `unreadable` says of each file or folder that could not be looked at why not.
+    `others` counts the files that are no images by their suffixes, and `unreadable` says of each file or folder that
+    could not be looked at why not.
     """
 
     names: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    num_other_files: int = 0
+    others: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
 
     def add(self, other: FoundImages) -> None:
         """Append what was found elsewhere below the same root."""
         self.names += other.names
         self.sizes += other.sizes
-        self.num_other_files += other.num_other_files
+        self.others += other.others
         self.unreadable += other.unreadable
 
     def require_readable(self) -> None:
@@ -42,18 +54,20 @@ class FoundImages:
 
     def describe_rest(self) -> list[str]:
         """What is there besides images, as ends of a sentence."""
-        words = [f"{self.num_other_files} other files are left alone"] if self.num_other_files else []
+        kinds = ", ".join(suffix or "no suffix" for suffix, _ in self.others.most_common(SHOWN_KINDS))
+        words = [f"{self.others.total()} other files are left alone ({kinds})"] if self.others else []
         if self.unreadable:
             words.append(f"{len(self.unreadable)} files or folders cannot be read, the first: {self.unreadable[0]}")
         return words
 
 
 def list_class_folders(root: Path) -> list[str]:
-    """Names of the visible folders in `root`, sorted.
+    """Names of the visible folders in `root`, sorted; a link to `root` itself or to a folder around it is none.
 
     Raises:
         InputError: there is no such folder, or it cannot be read.
     """
+    around = _folders_around(root)
     try:
         with os.scandir(root) as entries:
             # entry.is_dir() raises for a link that leads to itself
@@ -61,7 +75,10 @@ def list_class_folders(root: Path) -> list[str]:
                 entry.name
                 for entry in entries
                 if not entry.name.startswith(".")
-                and (entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)))
+                and (
+                    entry.is_dir(follow_symlinks=False)
+                    or (entry.is_symlink() and os.path.isdir(entry.path) and _identify(entry.path) not in around)
+                )
             )
     except OSError as error:
         raise InputError(f"cannot read the folder {root}: {error.strerror}.") from error
@@ -70,45 +87,72 @@ def list_class_folders(root: Path) -> list[str]:
 def find_images(root: Path, below: str, *, deep: bool = True) -> FoundImages:
     """All images in the folder `below` of `root`, and with `deep` in its folders.
 
-    Links are followed, also out of the tree, but a folder is entered once only; hidden files are not seen, and what
-    cannot be read is counted.
+    Links are followed, also out of the tree, but a folder is entered once only, by its own name rather than a link's,
+    and a folder around the tree never; hidden files are not seen, and what cannot be read is counted.
     """
     found = FoundImages()
-    for path, size in sorted(_walk_files(root / below, seen=set(), deep=deep, unreadable=found.unreadable)):
-        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+    around = _folders_around(root) | _folders_around(root / below)
+    for path, size in sorted(_walk_files(root / below, around=around, deep=deep, unreadable=found.unreadable)):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
             found.names.append(os.fsencode(PurePosixPath(os.path.relpath(path, root))))
             found.sizes.append(size)
         else:
-            found.num_other_files += 1
+            found.others[suffix] += 1
     return found
 
 
-def _walk_files(
-    folder: str | Path, *, seen: set[tuple[int, int]], deep: bool, unreadable: list[str]
-) -> Iterator[tuple[str, int]]:
+def _identify(folder: str | Path) -> tuple[int, int]:
+    """What tells a folder from all others, whatever it is called; raises OSError."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _folders_around(folder: Path) -> set[tuple[int, int]]:
+    """Identities of a folder and of all that it lies in; empty if there is no such folder."""
     try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            unreadable.append(f"{folder} (a link to a folder that was read already)")
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        unreadable.append(f"{folder} ({error.strerror})")
-        return
-    for entry in visible:
+        real = folder.resolve()
+        return {_identify(path) for path in (real, *real.parents)}
+    except (OSError, RuntimeError):  # RuntimeError: a link to itself, in older versions of Python
+        return set()
+
+
+def _walk_files(
+    start: Path, *, around: set[tuple[int, int]], deep: bool, unreadable: list[str]
+) -> Iterator[tuple[str, int]]:
+    seen: set[tuple[int, int]] = set()
+    folders, links = [str(start)], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
         try:
-            if not entry.is_dir():
+            identity = _identify(folder)
+            if identity in seen:
+                unreadable.append(f"{folder} (a link to a folder that was read already)")
+                continue
+            if identity in around and folder != str(start):
+                unreadable.append(f"{folder} (a link to a folder around it)")
+                continue
+            seen.add(identity)
+            with os.scandir(folder) as entries:
+                visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=_name_of)
+        except OSError as error:
+            unreadable.append(f"{folder} ({error.strerror})")
+            continue
+        for entry in visible:
+            try:
+                if entry.is_dir():
+                    if deep or (entry.is_symlink() and _identify(entry.path) in around):
+                        (links if entry.is_symlink() else folders).append(entry.path)
+                    continue
                 status = entry.stat()  # raises for links that lead nowhere, or to themselves
                 if stat.S_ISREG(status.st_mode):
                     yield entry.path, status.st_size
-                continue
-        except OSError as error:
-            unreadable.append(f"{entry.path} ({error.strerror})")
-            continue
-        if deep:
-            yield from _walk_files(entry.path, seen=seen, deep=deep, unreadable=unreadable)
+            except OSError as error:
+                unreadable.append(f"{entry.path} ({error.strerror})")
+
+
+def _name_of(entry: os.DirEntry[str]) -> str:
+    return entry.name
 
 
 def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = True) -> ImageSet:
@@ -119,16 +163,19 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
     split are taken, however deep they lie, and have no label.
 
     Raises:
-        InputError: the folder cannot be read, a validation class that is not among the training classes, or a limit
-            of classes where there are none.
+        InputError: the folder cannot be read or a split of it has no image, a validation class that is not among the
+            training classes, or a limit of classes where there are none.
     """
     roots, left_alone = find_split_folders(root, labels=labels)
     notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
+    if root not in roots.values():
+        notes += [f"left alone: {what}" for what in find_images(root, "", deep=False).unreadable]
     classes = list_class_folders(next(iter(roots.values()))) if labels else []
     if not classes:
         if limit_classes is not None:
             raise InputError(f"--limit-classes needs class folders, and {root} is packed without labels.")
         unlabelled = {split: _read_unlabelled(split, folder, notes) for split, folder in roots.items()}
+        _refuse_empty(unlabelled, notes)
         return ImageSet([], unlabelled, [*notes, "without labels: for pre-training, not for k-NN or fine-tuning"])
     chosen = choose_classes(classes, limit_classes)
     for folder in roots.values():
@@ -136,7 +183,15 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
         if unknown:
             raise InputError(f"{folder} holds the class {unknown[0]}, which the training images do not have.")
     labelled = {split: _read_labelled(split, folder, chosen, notes) for split, folder in roots.items()}
+    _refuse_empty(labelled, notes)
     return ImageSet(chosen, labelled, notes)
+
+
+def _refuse_empty(splits: Mapping[str, Catalogue], notes: Sequence[str]) -> None:
+    for split, catalogue in splits.items():
+        if not len(catalogue):
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise InputError(f"there is no image in the {split} split ({'; '.join(notes)}); images end in {kinds}.")
 
 
 def find_split_folders(root: Path, *, labels: bool = True) -> tuple[dict[str, Path], list[str]]:
@@ -176,7 +231,7 @@ def list_labelled(root: Path, folders: Sequence[str]) -> tuple[FoundImages, list
 def _read_labelled(split: str, root: Path, classes: list[str], notes: list[str]) -> FileCatalogue:
     found, labels = list_labelled(root, classes)
     loose = find_images(root, "", deep=False)
-    found.num_other_files += loose.num_other_files
+    found.others += loose.others
     found.unreadable += loose.unreadable
     empty = sorted(set(range(len(classes))) - set(labels))
     missing = f"; no image of {len(empty)} of them, as of {classes[empty[0]]}" if empty else ""

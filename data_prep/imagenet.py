@@ -143,7 +143,7 @@ def list_wnid_folders(root: Path) -> LabelledFiles:
         raise InputError(f"{root} holds no class folder named like n01440764.")
     found, labels = list_labelled(root, folders)
     found.require_readable()
-    num_ignored = len(present) - len(folders) + found.num_other_files
+    num_ignored = len(present) - len(folders) + found.others.total()
     listing = Listing(found.names, found.sizes, None)
     return LabelledFiles(root, listing, [folders[label] for label in labels], num_ignored=num_ignored)
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from data_prep.errors import InputError, OutputError
+from data_prep.json_text import parse_json
 from data_prep.shards import PARTIAL_SUFFIX, ShardEntry, sync_folder
 
 FORMAT = 1
@@ -50,7 +51,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise InputError(f"{path} has format {content['format']}, this program reads format {FORMAT}.")
         return Manifest(content["settings"], [ShardEntry(**entry) for entry in content["shards"]])
@@ -58,10 +59,15 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        raise InputError(f"{path} is damaged ({_explain(error)}).") from error
+
+
+def _explain(error: Exception) -> str:
+    """Say what is missing of a file's parts by name; other errors say it themselves."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def require_manifest(folder: Path) -> Manifest:
@@ -154,11 +160,11 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         self._file.truncate(whole)
         try:
-            lines = [json.loads(line) for line in content[:whole].splitlines()]
+            lines = [parse_json(line) for line in content[:whole].splitlines()]
             if len(lines) < 2 and not any(self.folder.glob("*.tar")):
                 return None  # that run had only begun
             return Manifest(lines[0]["settings"], [ShardEntry(**line) for line in lines[1:]])
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(f"{self.folder / JOURNAL} is damaged: delete the folder and start again.") from error
 
     def _append(self, line: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from data_prep.archives import Member, list_members
 from data_prep.catalogue import ByteRange
 from data_prep.errors import InputError, UndecodableError
 from data_prep.images import EXTENSIONS, check_file_size, prepare_image
+from data_prep.json_text import parse_json
 from data_prep.manifest import INFO, MANIFEST, SIZES, Manifest, describe_shards, require_manifest
 from data_prep.progress import show_progress
 from data_prep.shards import ShardEntry, file_sha256
@@ -83,8 +83,8 @@ def _check_folder(folder: Path, manifest: Manifest) -> list[str]:
     splits, sizes = describe_shards(manifest)
     for name, wanted in ((INFO, {"name": manifest.settings["dataset"], "splits": splits}), (SIZES, sizes)):
         try:
-            agrees = json.loads((folder / name).read_text(encoding="utf-8")) == wanted
-        except (OSError, ValueError, RecursionError) as error:
+            agrees = parse_json((folder / name).read_text(encoding="utf-8")) == wanted
+        except (OSError, ValueError) as error:
             problems.append(f"{name} cannot be read ({error})")
         else:
             problems += [] if agrees else [f"{name} does not agree with {MANIFEST}"]
@@ -135,13 +135,13 @@ def _check_sample(sample: StoredSample, num_classes: int) -> str | None:
         return f"it consists of {sorted(sample.members)} where one image{words} belong"
     try:
         label = int(read_text(sample, "cls")) if num_classes else None
-        facts = json.loads(read_text(sample, "json"))
+        facts = parse_json(read_text(sample, "json"))
         source = sample.members[images[0]]
         check_file_size(source.size)
         image = prepare_image(source.read())
     except UndecodableError as error:
         return f"the image does not decode ({error})"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return f"its label or description cannot be read ({error})"
     if label is not None and not 0 <= label < num_classes:
         return f"the label {label} is not between 0 and {num_classes - 1}"

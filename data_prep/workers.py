@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
 from typing import TypeVar
 
 from data_prep.errors import OutputError
@@ -73,10 +74,33 @@ def run_tasks(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _holding_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait, for what is started here too.
+
+    The fork server would meet it with a traceback while it imports, and a worker that is half started nobody ends.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's, or none
+        yield
+        return
+    pressed: list[int] = []
+    resource_tracker.ensure_running()  # its start would take the mask away again
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))  # for this process's other threads
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the processes that are started
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def _run_window(
     executor: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterator[Task], width: int
 ) -> Iterator[Result]:
-    pending: set[Future[Result]] = {executor.submit(function, task) for task in itertools.islice(tasks, width)}
+    with _holding_interrupts():  # for the seconds in which the workers start
+        pending: set[Future[Result]] = {executor.submit(function, task) for task in itertools.islice(tasks, width)}
     while pending:
         done, pending = wait(pending, return_when=FIRST_COMPLETED)
         for future in done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ def test_a_run_begins_with_public_weights(whose: str, published: dict[str, Tenso
     began_with = to_timm(model.state_dict())
     assert began_with.keys() == published.keys()
     assert all(torch.equal(began_with[name], published[name]) for name in published)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda weights: {f"visual.{name}": x for name, x in weights.items()},
+         "there is no tensor patch_embed.proj.weight, only visual.patch_embed.proj.weight: save it without the prefix"),
+        (lambda weights: {**weights, "blocks.last.gamma": torch.ones(1)}, "blocks.last.gamma belongs to no block"),
+        (lambda weights: {**weights, "pos_embed": weights["pos_embed"][:, 1:]},
+         "pos_embed has 196 positions, expected one for the class token and a square number of patches"),
+        (lambda weights: {**weights, "pos_embed": weights["pos_embed"][:, :0]}, "pos_embed has 0 positions"),
+        (lambda weights: {**weights, "pos_embed": weights["pos_embed"][0]}, "expected 3 dimensions"),
+        (lambda weights: {name: x for name, x in weights.items() if name != "pos_embed"}, "pos_embed .* is missing"),
+        (lambda weights: {**weights, "blocks.3.attn.qkv.weight": torch.zeros(3, 3)},
+         r"blocks.3.attn.qkv.weight has shape \(3, 3\), expected \(1152, 384\)"),
+    ],
+)  # fmt: skip
+def test_weights_with_other_names_or_shapes_are_refused_with_what_is_wrong(
+    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]], words: str, published: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save({"model": spoil(published)}, tmp_path / "odd.pth")
+    given = [f"model.init_from={tmp_path / 'odd.pth'}", f"run.dir={tmp_path / 'run'}", *SIZE]
+    with pytest.raises(ConfigError, match=words) as refused:
+        Pretraining(load_config("continue", given))
+    assert "odd.pth" in str(refused.value)
 
 
 def test_colours_of_the_weights_are_compared(

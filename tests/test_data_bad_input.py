@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import pickle
 import struct
 import tarfile
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_shards import jpeg_of, open_loader, write_shards
+from processes import run_ranks
+from tiny_shards import jpeg_of, open_loader, write_shards, write_tar
 
 from vitfreeze.data import EvalLoader, ReadOptions, ShardError, TrainLoader, merge_reports
+from vitfreeze.engine import join_ranks
 
 MakeLoader = Callable[..., TrainLoader]
 
@@ -37,17 +40,6 @@ def make_loader(tmp_path: Path) -> MakeLoader:
         return open_loader(shards, **(defaults | settings))
 
     return make
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    """A shard with exactly these members."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return path
 
 
 def good_members(start: int, stop: int) -> list[tuple[str, bytes]]:
@@ -341,6 +333,47 @@ def test_bad_sample_is_left_out_of_evaluation(tmp_path: Path) -> None:
     assert [sample.key for sample in report.skipped] == ["bad"]
     with pytest.raises(ShardError, match=r"max_bad_fraction=0\.001"):
         list(EvalLoader(str(path), img_size=16, batch_size=4, options=strict))
+
+
+def test_evaluation_of_a_few_images_tells_of_bad_ones_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tar(tmp_path / "a.tar", [("bad.jpg", b"?"), ("bad.cls", b"0"), *good_members(0, 9)])
+    options = ReadOptions(workers=0, cache_dir=tmp_path, max_bad_fraction=0.1)
+    loader = EvalLoader(str(path), img_size=16, batch_size=4, options=options)
+    for _ in loader:
+        break
+    (report,) = loader.take_reports()
+    assert ([sample.key for sample in report.skipped], report.images) == (["bad"], 3)
+    assert "1 samples were unusable" in caplog.text
+
+
+def evaluate_together(path: str, cache: str, max_bad_fraction: float) -> str:
+    """Read a rank's share; return what is told of all, or the error."""
+    told = io.StringIO()
+    logging.getLogger("vitfreeze").addHandler(logging.StreamHandler(told))
+    ranks = join_ranks()
+    options = ReadOptions(workers=0, cache_dir=cache, max_bad_fraction=max_bad_fraction)
+    loader = EvalLoader(
+        path, img_size=16, batch_size=4, rank=ranks.rank, world_size=ranks.world_size, options=options
+    )  # fmt: skip
+    for _ in loader:
+        pass
+    try:
+        loader.tell_unusable(ranks)
+    except ShardError as error:
+        return str(error)
+    return told.getvalue()
+
+
+@pytest.mark.distributed
+def test_ranks_that_evaluate_judge_bad_samples_together(tmp_path: Path) -> None:
+    """The first rank tells what the second has met; one each is too much together only."""
+    members = [("b0.jpg", b"?"), *good_members(0, 14), ("b1.jpg", b"?")]
+    path = write_tar(tmp_path / "a.tar", members)
+    first, second = run_ranks(evaluate_together, str(path), str(tmp_path), 2 / 16)
+    assert "2 samples were unusable" in first
+    assert "2 samples" not in second
+    for told in run_ranks(evaluate_together, str(path), str(tmp_path), 0.1):
+        assert "2 of 16 samples of epoch 0 are unusable, over data.max_bad_fraction=0.1" in told
 
 
 def test_an_epoch_that_goes_on_in_other_micro_batches_is_reported_once(tmp_path: Path, make_loader: MakeLoader) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep import packing
 from data_prep.__main__ import main
 from data_prep.drawing import CLASSES, draw_image_set
-from data_prep.folders import read_folder
+from data_prep.folders import find_images, read_folder
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -102,7 +102,7 @@ def test_odd_names_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {line["filename"] for line in skipped} == {"dog/half.jpg", "dog/empty.jpg"}
     assert all(line["reason"] and line["split"] == "train" for line in skipped)
     assert "left out because they do not decode: 2" in said
-    assert "1 other files" in said
+    assert "1 other files are left alone (.txt)" in said
     assert "1 files or folders cannot be read" in said
     assert "a link to a folder that was read already" in said
     assert "1 names hold further dots" in said
@@ -198,6 +198,84 @@ def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "validation: 1 images of 2 classes" in said
     assert "no image of 1 of them, as of dog" in said
     assert "2 files or folders cannot be read" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "classes"),
+    [
+        (["cat/1.jpg", "dog/1.jpg", "dog/deep/2.jpg"], (), ["cat", "dog"]),
+        (["cat/1.jpg", "dog/1.jpg", "dog/deep/2.jpg"], ("--no-labels",), []),
+        (["1.jpg", "2.jpg", "3.jpg"], (), []),
+    ],
+)
+def test_links_in_a_circle_are_told_and_packing_goes_on(
+    tmp_path: Path, files: list[str], options: tuple[str, ...], classes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Links to the tree itself, and to the folders around it, from the tree and from the folders in it."""
+    tree = tmp_path / "around" / "tree"
+    for number, name in enumerate(files):
+        write(tree / name, jpeg(number))
+    write(tmp_path / "around" / "beside.jpg", jpeg(99))
+    folders = sorted({tree, *((tree / name).parent for name in files)})
+    for folder in folders:
+        (folder / "again").symlink_to(tree)
+        (folder / "above").symlink_to(tmp_path / "around")
+        (folder / "zelf").symlink_to(folder)
+    out = pack(tree, tmp_path / "out", *options)
+    said = capsys.readouterr().out
+    names = {json.loads(sample["json"])["filename"] for sample in read(out, "train").values()}
+    assert names == set(files)
+    assert json.loads((out / "manifest.json").read_text())["settings"]["classes"] == classes
+    assert f"{3 * len(folders)} files or folders cannot be read" in said
+    assert "(a link to a folder " in said
+    pack(tree, out, *options)  # finds the same again, and keeps it
+    assert "1 of 1 shards were there already" in capsys.readouterr().out
+
+
+def test_links_in_a_circle_beside_train_and_val_are_told(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("train/cat/1.jpg", "val/cat/1.jpg"):
+        write(tree / name, jpeg())
+    (tree / "again").symlink_to(tree)
+    (tree / "val" / "again").symlink_to(tree)
+    images = read_folder(tree)
+    assert {split: len(catalogue) for split, catalogue in images.splits.items()} == {"train": 1, "validation": 1}
+    assert images.classes == ["cat"]
+    assert any(note.startswith("left alone:") and "again (a link to a folder " in note for note in images.notes)
+    assert any(note.startswith("validation: 1 images of 1 classes") and "around it" in note for note in images.notes)
+
+
+def test_what_is_no_image_is_told_by_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("1.HEIC", "2.heic", "a/3.heic", "a/4.mp4", "README"):
+        write(tmp_path / "phone" / name, b"x")
+    assert main(["folder", str(tmp_path / "phone"), "--no-labels", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "there is no image in the train split (train: 0 images in" in said
+    assert "5 other files are left alone (.heic, no suffix, .mp4)" in said
+    assert "images end in .bmp, .gif, .jpeg," in said
+
+
+def test_shards_are_not_put_among_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next call would find a class named shards."""
+    for name in ("flat/1.jpg", "whole/train/cat/1.jpg", "whole/val/cat/1.jpg"):
+        write(tmp_path / name, jpeg())
+    for out in ("flat", "flat/shards"):
+        assert main(["folder", str(tmp_path / "flat"), "--out", str(tmp_path / out), "--workers", "1"]) == 2
+        assert "where images are searched: give one beside it" in capsys.readouterr().err
+    assert not (tmp_path / "flat" / "shards").exists()
+    pack(tmp_path / "whole", tmp_path / "whole" / "shards")  # beside its train and val nothing is searched
+    pack(tmp_path / "whole", tmp_path / "whole" / "shards")
+    assert "2 of 2 shards were there already" in capsys.readouterr().out
+
+
+def test_a_folder_inside_the_tree_goes_by_its_own_name(tmp_path: Path) -> None:
+    write(tmp_path / "tree" / "b" / "1.jpg", jpeg())
+    (tmp_path / "tree" / "a").symlink_to(tmp_path / "tree" / "b")
+    write(tmp_path / "far" / "2.jpg", jpeg())
+    (tmp_path / "tree" / "c").symlink_to(tmp_path / "far")
+    found = find_images(tmp_path / "tree", "")
+    assert found.names == [b"b/1.jpg", b"c/2.jpg"]
+    assert len(found.unreadable) == 1
 
 
 def test_a_file_that_goes_away_is_left_out(tmp_path: Path) -> None:

@@ -108,6 +108,24 @@ def test_a_stopped_run_goes_on(reference: Path, tmp_path: Path, workers: int, si
     assert kept >= 3  # all but what was finished and not yet in the journal
 
 
+@pytest.mark.distributed
+def test_ctrl_c_while_the_workers_start_is_one_sentence(reference: Path, tmp_path: Path) -> None:
+    """A terminal sends it to the whole group: to the fork server in its imports, and while a worker is half made."""
+    out = tmp_path / "out"
+    command = [*DEMO, "--out", str(out), "--workers", "2"]
+    process = start(["-m", "data_prep", *command])
+    wait_until((out / "packing.jsonl").is_file)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.endswith("stopped; the same command goes on from here\n")
+    wait_until(lambda: not members_of_session(process.pid))
+    assert main([*command[:-1], "1"]) == 0
+    assert contents(out) == contents(reference)
+
+
 def test_a_torn_line_in_the_journal_costs_one_shard(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,9 +167,14 @@ def test_damaged_folders(
 
 
 def test_folders_without_a_manifest(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (shards / "manifest.json").write_text("{")
-    assert verify(shards) == 2
-    assert "damaged" in capsys.readouterr().err
+    for text, words in (
+        ("{", "is damaged (Expecting property name"),
+        ('{"format": 1}', "is damaged (it lacks 'settings')"),
+        ("[" * 100_000, "is damaged (it is nested too deeply)"),
+    ):
+        (shards / "manifest.json").write_text(text)
+        assert verify(shards) == 2
+        assert words in capsys.readouterr().err
     (shards / "manifest.json").unlink()
     assert verify(shards) == 2
     assert "no manifest.json" in capsys.readouterr().err

@@ -12,10 +12,11 @@ import pytest
 import torch
 from processes import run_ranks
 from safetensors import safe_open
-from tiny_shards import jpeg_of
+from tiny_shards import jpeg_of, write_shards, write_tar
 
 from vitfreeze import cli
 from vitfreeze.evaluate import write_features
+from vitfreeze.evaluate.image_files import find_image_files
 from vitfreeze.export import export_run
 from vitfreeze.model import LocalMIM, to_timm
 
@@ -85,6 +86,63 @@ def test_features_of_shards_are_those_of_knn(weights: Path, demo_shards: Path, t
         np.testing.assert_array_equal(arrays["labels"], found.labels.numpy())
 
 
+def test_images_that_cannot_be_read_have_no_row(
+    weights: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_features(str(weights), [str(photos)], out=tmp_path / "whole.npz")
+    for name in ("0/01.jpg", "0/1.png", "1/01.webp", "1/5.jpg"):
+        (photos / name).write_bytes(b"no image")
+    (photos / "0" / "._0.jpg").write_bytes(b"hidden")
+    assert call("features", str(weights), str(photos), "-o", str(tmp_path / "rest.npz")) == 0
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith(f"4 of 9 images cannot be read: {photos}/0/01.jpg: not a readable image")
+    assert "01.webp" in told
+    assert "5.jpg" not in told  # three are named
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "rest.npz") as rest:
+        assert rest["keys"].tolist() == whole["keys"].tolist()
+        np.testing.assert_allclose(rest["8.mean"], whole["8.mean"], atol=1e-5)
+        assert len(rest["labels"]) == 5
+
+
+def test_no_image_that_can_be_read_is_one_sentence(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    out = tmp_path / "f.npz"
+    assert call("features", str(weights), str(tmp_path / "1.jpg"), str(tmp_path / "2.jpg"), "-o", str(out)) == 2
+    words = "there is no image to take features of: none of the 2 can be read ("
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_links_in_a_circle_are_told_and_not_followed(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "beside.jpg").write_bytes(jpeg_of((1, 2, 3)))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "6.jpg").write_bytes(jpeg_of((1, 2, 3)))
+    files = find_image_files([str(photos)])
+    for name, target in (("a", photos), ("0/a", photos), ("0/b", tmp_path), ("1/a", photos / "1"), ("2", "../far")):
+        (photos / name).symlink_to(target)
+    assert find_image_files([str(photos)]) == sorted([*files, photos / "2" / "6.jpg"])
+    assert "4 folders are left out: " in caplog.text
+
+
+def test_samples_of_shards_that_cannot_be_read_have_no_row(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_shards(tmp_path / "shards", [3, 3], size=(70, 64))
+    members = [("bad.jpg", b"?"), ("good.jpg", jpeg_of((1, 2, 3))), ("worse.jpg", b"?")]
+    (folder / "_info.json").unlink()
+    write_tar(folder / "tiny-train-0002.tar", members)
+    write_features(str(weights), [str(folder)], out=tmp_path / "f.npz")
+    with np.load(tmp_path / "f.npz") as arrays:
+        assert arrays["keys"].tolist() == [*(f"s{number:05d}" for number in range(6)), "good"]
+        assert arrays["8.mean"].shape == (7, 48)
+    assert "2 samples were unusable" in caplog.text
+
+
 def _write(weights: str, photos: str, out: str) -> None:
     write_features(weights, [photos], out=Path(out))
 
@@ -96,6 +154,16 @@ def test_ranks_share_the_images(weights: Path, photos: Path, tmp_path: Path) -> 
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         np.testing.assert_array_equal(one["keys"], two["keys"])
         np.testing.assert_allclose(one["8.mean"], two["8.mean"], atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_rank_may_have_no_image_that_can_be_read(weights: Path, photos: Path, tmp_path: Path) -> None:
+    for name in ("0/2.jpg", "1/1.jpg", "1/3.jpg", "0/4.jpg"):  # all but the first
+        (photos / name).write_bytes(b"no image")
+    run_ranks(_write, str(weights), str(photos), str(tmp_path / "two.npz"))
+    with np.load(tmp_path / "two.npz") as two:
+        assert two["keys"].tolist() == [str(photos / "0" / "0.jpg")]
+        assert two["8.mean"].shape == (1, 48)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_bad_options_get_one_sentence(
     given = {"--data": str(tmp_path), "--out": str(tmp_path / "out"), option: value}
     assert main([word for pair in given.items() for word in pair]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "meant"), [(main, "--arm", "--arms"), (report.main, "--clams", "--claims")]
+)
+def test_misspelt_options_are_met_with_the_nearest(
+    program: Callable[[list[str]], int], given: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program([given, "x"])
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {given}; did you mean {meant}?" in capsys.readouterr().err
 
 
 # Costs ----------------------------------------------------------------------------------------------------------------

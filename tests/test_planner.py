@@ -347,12 +347,29 @@ def test_measured_steps_replace_counted_operations(tmp_path: Path) -> None:
     assert "measured steps of bench.json" in format_plan(whole)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "x", '{"micro_batch": 8, "rows": [{"frozen_layers": 0, "step_ms": 1}]}'])
-def test_a_file_that_is_no_bench_is_refused(tmp_path: Path, text: str) -> None:
+ROWS = '{"micro_batch": 8, "rows": [{"frozen_layers": 0, "step_ms": %s}%s]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "does not hold what `vitfreeze bench step --json` prints: a number micro_batch, and rows"),
+        ("[]", "does not hold what"),
+        ("x", r"bench.json is not valid JSON \(Expecting value.*\); expected what `vitfreeze bench step --json`"),
+        ('{"rows": [', "is not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        (ROWS % (1, ""), "must hold the time of a step with 0 frozen layers and with at least one other number"),
+        (ROWS % ("NaN", ', {"frozen_layers": 3, "step_ms": 1}'), "must hold the time of a step"),
+        (ROWS % ('"fast"', ""), "does not hold what"),
+    ],
+)
+def test_a_file_that_is_no_bench_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "bench.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"bench\.json"):
+    with pytest.raises(ConfigError, match=words) as refused:
         read_step_times(path)
+    assert "bench.json" in str(refused.value)
+    assert "Error" not in str(refused.value)
 
 
 def ways_of(recipe: str = "paper", *overrides: str, **target: float) -> dict[str, Target]:

@@ -67,6 +67,11 @@ def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFix
         (["knn", "runs/tinny"], "did you mean 'runs/tiny'?"),
         (["config", "runs/tinny.yaml"], "did you mean 'runs/tiny.yaml'?"),
         (["bench", "stp"], "did you mean step?"),
+        (["knn", "runs/tiny", "--kk", "5"], "vitfreeze knn: error: unrecognized arguments: --kk; did you mean --k?"),
+        (["features", "runs/tiny", "tree.jpg", "--ouput", "x.npz"], "--ouput; did you mean --out?"),
+        (["pretrain", "demo", "data.train=x", "--frsh"], "--frsh; did you mean --fresh?"),
+        (["bench", "step", "demo", "--round=2"], "--round; did you mean --rounds?"),
+        (["--qiet", "config", "demo"], "--qiet; did you mean --quiet?"),
         (["plot", "runs/tinny"], "did you mean 'runs/tiny'?"),
         (["report", "runs/tinny"], "did you mean 'runs/tiny'?"),
         (["features", "timm:vit_tny_patch16_224", "tree.jpg", "-o", "x.npz"], "did you mean 'vit_tiny_patch16_224'?"),
@@ -102,6 +107,8 @@ def test_misspelt_words_are_met_with_the_nearest(
         (["foldr", "photos", "--out", "x"], "did you mean folder?"),
         (["folder", "photoz", "--out", "x"], "there is no photoz; did you mean photos?"),
         (["verify", "photo"], "there is no photo; did you mean photos?"),
+        (["folder", "photos", "--ot", "x"], "vitfreeze-data folder: error: unrecognized arguments: --ot; did you mean"),
+        (["folder", "photos", "--out", "x", "--worker", "2"], "--worker; did you mean --workers?"),
         (["imagenet", "--train", "elsewhere.tar", "--out", "x"], "there is no elsewhere.tar."),
     ],
 )
@@ -117,6 +124,24 @@ def test_the_packer_meets_misspelt_words_too(
     with suppress(SystemExit):
         assert prepare(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [(["plan", "paper", "--node", "2"], "--node"), (["linear", "runs/tiny", "--warm", "1"], "--warm")],
+)
+def test_options_have_no_short_forms(arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    assert f"unrecognized arguments: {flag}; did you mean {flag}" in capsys.readouterr().err
+
+
+def test_values_that_look_like_options_are_none() -> None:
+    parse = cli.parse_arguments
+    assert parse(["features", "w", "a.jpg", "-of.npz"]).out == "f.npz"
+    assert parse(["plan", "paper", "--tflops", "-1.5", "batch.global_size=16"]).tflops == -1.5
+    assert parse(["pretrain", "paper", "--fresh", "batch.global_size=16"]).overrides == ["batch.global_size=16"]
+    assert parse(["features", "w", "-o", "f.npz", "--", "--k.jpg"]).images == ["--k.jpg"]
+    assert parse(["--local_rank=0", "knn", "w", "--k", "3"]).k == [3]
 
 
 def test_neighbours_are_counted_before_features(demo_shards: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,14 @@ def write_shards(
         split = {"name": "train", "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
         (folder / "_info.json").write_text(json.dumps({"name": "tiny", "splits": {"train": split}}))
     return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A shard with exactly these members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path

@@ -9,17 +9,17 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vitfreeze import __version__
+from vitfreeze.arguments import Parser
 from vitfreeze.files import suggest_path
 from vitfreeze.terminal import set_up_logging, wants_colour
-from vitfreeze.text import find_nearest, format_table
+from vitfreeze.text import format_table
 from vitfreeze.threads import limit_threads
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ EXAMPLES = {
 SHOWN_EXAMPLES = ("pretrain", "plan", "knn")
 Handler = Callable[[argparse.Namespace], int]
 # The type that add_subparsers returns has no public name.
-Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,17 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Meets a misspelt command with the nearest one."""
-
-    def error(self, message: str) -> NoReturn:
-        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        if found:
-            nearest = find_nearest(found[1], re.findall(r"[\w-]+", found[2]))
-            message += f"; did you mean {nearest}?" if nearest else ""
-        super().error(message)
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides of a recipe may also stand behind options."""
     parser = build_parser()
@@ -113,7 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with every subcommand."""
-    parser = _Parser(
+    parser = Parser(
         prog="vitfreeze", description="Pre-train Vision Transformers faster.",
         epilog="\n  vitfreeze ".join(["examples:", *(f"{name} {EXAMPLES[name]}" for name in SHOWN_EXAMPLES)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

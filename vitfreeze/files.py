@@ -111,8 +111,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     objects = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            read = json.loads(line)
-        except (ValueError, RecursionError):
+            read = parse_json(line, name=str(path))
+        except ValueError:
             continue
         if isinstance(read, dict) and isinstance(read.get("step"), int):
             objects.append(read)

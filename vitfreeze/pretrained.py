@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from vitfreeze.checkpoint import Checkpoint, find_checkpoint, read_weights
 from vitfreeze.config import Colours, Config
 from vitfreeze.data.normalization import IMAGENET
 from vitfreeze.extensions import make_target
-from vitfreeze.files import suggest_path
+from vitfreeze.files import parse_json, suggest_path
 from vitfreeze.model import LocalMIM, averaged_weights, check_state, from_localmim, from_mae, to_timm
 from vitfreeze.text import find_nearest
 
@@ -202,9 +202,9 @@ def _read_safetensors(path: Path) -> Pretrained:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from None
     try:
-        size = ModelSize(**json.loads(metadata["model_size"])) if "model_size" in metadata else None
-        colours = _read_colours(*json.loads(metadata["colours"])) if "colours" in metadata else IMAGENET
-    except (ValueError, TypeError, RecursionError) as error:
+        size = ModelSize(**parse_json(metadata["model_size"], name="model_size")) if "model_size" in metadata else None
+        colours = _read_colours(*parse_json(metadata["colours"], name="colours")) if "colours" in metadata else IMAGENET
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} has metadata that cannot be used: {error}") from None
     return _from_tensors(
         source, path=path, size=size, colours=colours, origin=metadata.get("origin", f"the weights in {path}")
@@ -282,12 +282,8 @@ def _from_tensors(
     colours: Colours = IMAGENET,
 ) -> Pretrained:
     """Recognise whose names these are, and the sizes behind them."""
-    wrong = next((name for name, value in source.items() if not isinstance(value, Tensor)), None)
-    if wrong is not None or "patch_embed.proj.weight" not in source:
-        raise ValueError(
-            f"{path} holds no Vision Transformer: "
-            + (f"{wrong} is no tensor" if wrong is not None else "there is no tensor patch_embed.proj.weight")
-        )
+    if found := _find_strange(source):
+        raise ValueError(f"{path} holds no Vision Transformer: {found}")
     if "hog_enc.0.conv.weight" in source:
         # Only the encoder is wanted here, so it does not matter which of its four pairs of biases a ViT-L keeps.
         weights, whose = from_localmim(source, hog_bias_of_scale=0), "LocalMIM's names"
@@ -312,6 +308,24 @@ def _from_tensors(
         colours=colours,
         rounded=rounded,
     )
+
+
+def _find_strange(source: Mapping[str, Any]) -> str:
+    """Return, in words, why these are no weights of a Vision Transformer; empty if nothing says so."""
+    wrong = next((name for name, value in source.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        return f"{wrong} is no tensor"
+    first = "patch_embed.proj.weight"
+    if first not in source:
+        longer = next((name for name in source if name.endswith(f".{first}")), "")
+        return f"there is no tensor {first}" + (f", only {longer}: save it without the prefix" if longer else "")
+    numbered = re.compile(r"blocks\.\d+\..")
+    if odd := next((name for name in source if name.startswith("blocks.") and not numbered.match(name)), None):
+        return f"{odd} belongs to no block of a number"
+    tokens = source["pos_embed"].shape[1] if getattr(source.get("pos_embed"), "ndim", 0) == 3 else 2
+    if tokens < 2 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
+        return f"pos_embed has {tokens} positions, expected one for the class token and a square number of patches"
+    return ""
 
 
 def _guess_size(weights: Mapping[str, Tensor], *, path: Path, num_heads: int | None) -> ModelSize:

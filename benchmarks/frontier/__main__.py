@@ -17,6 +17,7 @@ from benchmarks.frontier.running import EXIT_STOPPED, ask, run_cells, tune
 from benchmarks.frontier.sizes import SIZES
 from benchmarks.frontier.split import Counts, prepare
 from benchmarks.frontier.study import Study
+from vitfreeze.arguments import Parser
 
 logger = logging.getLogger("frontier")
 
@@ -33,7 +34,7 @@ A study that was stopped, even killed, goes on where it was when the same comman
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     arms = "\n".join(f"  {name:<10} {kind.words}" for name, kind in KINDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.frontier",
         description="Measure accuracy against cost: arms x seeds x budgets, pre-trained, fine-tuned and probed.",
         epilog=EPILOG.format(arms=arms), formatter_class=argparse.RawDescriptionHelpFormatter,

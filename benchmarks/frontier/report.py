@@ -25,6 +25,7 @@ from benchmarks.frontier.findings import (
     is_confirmation,
     read_records,
 )
+from vitfreeze.arguments import Parser
 
 NAMES = {"finetuned": "fine-tuned", "linear": "linear", "knn_10": "10-NN"}
 INK, BAND, ACCENT = "#222222", "#BBD3E6", "#D55E00"
@@ -203,7 +204,7 @@ def make_blocks(folder: Path) -> dict[str, str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier.report", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.frontier.report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="records: cells/ of a study, or published ones")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against cost, as .png or .svg")
     parser.add_argument(

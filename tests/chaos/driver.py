@@ -186,7 +186,7 @@ def choose_round(number: int, *, kinds: list[str], seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Play the rounds and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)

@@ -86,7 +86,7 @@ def growth(samples: list[dict[str, int]]) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     """Soak, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args()

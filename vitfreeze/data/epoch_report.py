@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitfreeze.data.errors import ShardError
+from vitfreeze.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,12 @@ def merge_reports(reports: Sequence[EpochReport], *, max_bad_fraction: float) ->
             f"data.max_bad_fraction={max_bad_fraction:g}: {describe_skipped(merged)}"
         )
     return merged
+
+
+def merge_over_ranks(mine: EpochReport, *, ranks: Ranks, max_bad_fraction: float) -> EpochReport:
+    """Join the reports of all ranks, each of which calls this; raises ShardError as `merge_reports` does."""
+    reports = [EpochReport.from_json(facts) for facts in ranks.gather(asdict(mine))]
+    return merge_reports(reports, max_bad_fraction=max_bad_fraction)
 
 
 def describe_skipped(report: EpochReport) -> str:

@@ -26,11 +26,12 @@ from vitfreeze.config import DataConfig, RunConfig, check_argument
 from vitfreeze.data.addresses import is_remote
 from vitfreeze.data.augmentation import CenterCrop, RandomCrop, Transform
 from vitfreeze.data.downloads import DownloadCache, default_cache_dir
-from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_reports
+from vitfreeze.data.epoch_report import EpochReport, SkippedSample, log_report, merge_over_ranks, merge_reports
 from vitfreeze.data.errors import ShardError
 from vitfreeze.data.order import EpochOrder, find_places
 from vitfreeze.data.shards import ShardReader, check_same_samples, find_shards
 from vitfreeze.data.worker import Answer, BatchMaker, BatchPlan, Request, Ring, return_as_is, start_worker
+from vitfreeze.ranks import Ranks
 
 
 class BatchShape(NamedTuple):
@@ -499,11 +500,26 @@ class EvalLoader(_Loader):
             )
             for step, start in enumerate(range(self.share.start, self.share.stop, self.batch_size))
         )
-        for batch in self._serve(requests, largest=self.batch_size):
-            self._count(batch, epoch_images=self.num_samples)
-            if len(batch.images):
-                yield batch
+        try:
+            for batch in self._serve(requests, largest=self.batch_size):
+                self._count(batch, epoch_images=self.num_samples)
+                if len(batch.images):
+                    yield batch
+        except GeneratorExit:  # the caller has seen enough
+            self._end_epoch()
+            raise
         self._end_epoch()
+
+    def tell_unusable(self, ranks: Ranks) -> None:
+        """Add up what the ranks could not use, and say it where others met more; all ranks call this after reading.
+
+        Raises:
+            ShardError: together it is more than `max_bad_fraction`.
+        """
+        for mine in self.take_reports():
+            whole = merge_over_ranks(mine, ranks=ranks, max_bad_fraction=self.options.max_bad_fraction)
+            if ranks.rank == 0 and len(whole.skipped) > len(mine.skipped):
+                log_report(whole)
 
 
 def describe_lost_worker(error: RuntimeError) -> str:

@@ -134,6 +134,7 @@ def _extract_splits(
                 colours=pretrained.colours,
             )
         )
+        loader.tell_unusable(ranks)
     train, test = found
     for block in train:
         yield block, train[block], test[block]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitfreeze.config import Config
+from vitfreeze.config import Colours, Config
 from vitfreeze.data import normalize, open_split
-from vitfreeze.data.addresses import is_remote
-from vitfreeze.data.decoding import IMAGE_SUFFIXES
 from vitfreeze.engine import join_ranks
-from vitfreeze.evaluate.visual import read_images
-from vitfreeze.files import replacing, suggest_path
+from vitfreeze.evaluate.image_files import find_image_files, name_first, read_readable
+from vitfreeze.files import replacing
 from vitfreeze.model import LocalMIM
 from vitfreeze.pretrained import build_encoder, read_pretrained
 from vitfreeze.ranks import Ranks
@@ -28,7 +27,22 @@ from vitfreeze.ranks import Ranks
 logger = logging.getLogger("vitfreeze")
 KINDS = ("token", "mean", "grid")
 FILE_BATCH = 32
-Part = tuple[list[str], Tensor, Tensor]  # keys, (B, 3, H, W) uint8 images, (B,) int64 labels, -1 where there is none
+
+
+class Part(NamedTuple):
+    """Some images, and those beside them that cannot be read.
+
+    Attributes:
+        keys: of the images.
+        images: (B, 3, H, W) uint8.
+        labels: (B,) int64, -1 where there is none.
+        left_out: the names of the others, each with the reason.
+    """
+
+    keys: list[str]
+    images: Tensor
+    labels: Tensor
+    left_out: list[str]
 
 
 def write_features(
@@ -41,11 +55,12 @@ def write_features(
     workers: int = 0,
     allow_pipe: bool = False,
 ) -> Path:
-    """Write the features of every image, in the order of the images; return `out`.
+    """Write the features of every image that can be read, in the order of the images; return `out`.
 
     The file holds for each block n and each kind `n.token` (N, D), `n.mean` (N, D) and `n.grid` (N, rows, columns, D),
     float32 after the encoder's final norm; `labels` (N,), -1 where there is none; and `keys`, which a .safetensors
-    file has as JSON in its metadata. All of it is held in memory once, so ask for grids of what fits.
+    file has as JSON in its metadata. An image that cannot be read is told, and has no row. All of it is held in memory
+    once, so ask for grids of what fits.
 
     Args:
         location: what `read_pretrained` takes.
@@ -57,7 +72,7 @@ def write_features(
         allow_pipe: whether shards may be shell commands.
 
     Raises:
-        ValueError: weights, images or a name that cannot be used.
+        ValueError: weights, shards or a name that cannot be used, or no image that can be read.
     """
     if out.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"--out is {str(out)!r}, expected a name that ends in .npz or .safetensors")
@@ -73,25 +88,40 @@ def write_features(
         parts = _read_files(files, img_size=model.img_size, ranks=ranks)
     else:
         config = Config()
-        data = replace(config.data, train=tuple(sources), workers=workers, allow_pipe=allow_pipe)
+        data = replace(config.data, train=tuple(sources), workers=workers, allow_pipe=allow_pipe, max_bad_fraction=1.0)
         size = replace(config.model, img_size=model.img_size)
         parts = _read_shards(replace(config, data=data, model=size), ranks=ranks)
-    keys, labels, rows = [], [torch.empty(0, dtype=torch.int64)], dict[str, list[Tensor]]()
-    for names, images, numbers in parts:
-        found = compute_features(
-            model, normalize(images.to(ranks.device), colours=pretrained.colours), blocks=chosen, kinds=kinds
-        )
-        for name, tensor in found.items():
-            rows.setdefault(name, []).append(tensor)
-        keys += names
-        labels.append(numbers)
-    mine = {name: torch.cat(tensors) for name, tensors in rows.items()} | {"labels": torch.cat(labels)}
-    whole = _gather(mine, ranks=ranks)
+    mine, keys, left_out = _compute_parts(model, parts, colours=pretrained.colours, blocks=chosen, kinds=kinds)
+    _tell_left_out(left_out, num_read=len(keys), ranks=ranks)
+    whole = {name: torch.cat(ranks.gather_rows(tensor)) for name, tensor in mine.items()}
     all_keys = [key for names in ranks.gather(keys) for key in names]
     if ranks.rank == 0:
         _save(whole, out, keys=all_keys, origin=pretrained.origin)
         logger.info("%d images; %s", len(all_keys), ", ".join(f"{name} {tuple(x.shape)}" for name, x in whole.items()))
     return out
+
+
+def _compute_parts(
+    model: LocalMIM, parts: Iterable[Part], *, colours: Colours, blocks: Sequence[int], kinds: Sequence[str]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Return features and labels by name, the images' keys, and what was left out; the names are there without images.
+
+    A rank may have no readable image, and has to know the shapes of the others' features.
+    """
+    device, side = model.cls_token.device, model.img_size
+    nothing = Part([], torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [])
+    keys, left_out, labels, rows = list[str](), list[str](), [nothing.labels], dict[str, list[Tensor]]()
+    for part in itertools.chain([nothing], parts):
+        keys += part.keys
+        left_out += part.left_out
+        labels.append(part.labels)
+        if not len(part.images):
+            continue
+        images = normalize(part.images.to(device), colours=colours)
+        for name, tensor in compute_features(model, images, blocks=blocks, kinds=kinds).items():
+            rows.setdefault(name, []).append(tensor[: len(part.keys)])
+    features = {name: torch.cat(tensors) for name, tensors in rows.items()}
+    return {**features, "labels": torch.cat(labels)}, keys, left_out
 
 
 @torch.no_grad()
@@ -112,51 +142,31 @@ def compute_features(
     return found
 
 
-def find_image_files(sources: Sequence[str]) -> list[Path]:
-    """Return the image files that are named, and those in folders without shards, sorted; [] if these are shards.
-
-    Raises:
-        ValueError: an image is not there, files and shards are mixed, or a folder holds neither.
-    """
-    files: list[Path] = []
-    are_files = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            found = [path]
-            if not path.is_file():
-                raise ValueError(f"there is no image {source!r}{suggest_path(path)}")
-        elif path.is_dir() and not (any(path.glob("*.tar")) or (path / "_info.json").is_file()):
-            found = sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise ValueError(f"{source} holds neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor shards")
-        elif "{" not in source and not is_remote(source) and not path.exists():
-            raise ValueError(f"there is no image, folder or shard {source!r}{suggest_path(path)}")
-        else:
-            found = []
-        are_files.append(bool(found))
-        files += found
-    if any(are_files) and not all(are_files):
-        raise ValueError(f"images and shards are mixed in {', '.join(sources)}: give one kind")
-    return files
-
-
 def _read_files(files: Sequence[Path], *, img_size: int, ranks: Ranks) -> Iterator[Part]:
     first, last = (len(files) * number // ranks.world_size for number in (ranks.rank, ranks.rank + 1))
     for start in range(first, last, FILE_BATCH):
-        paths = files[start : min(start + FILE_BATCH, last)]
-        yield [str(path) for path in paths], read_images(paths, img_size=img_size), torch.full((len(paths),), -1)
+        images, names, left_out = read_readable(files[start : min(start + FILE_BATCH, last)], img_size=img_size)
+        pixels = torch.cat(images) if images else torch.empty(0, 3, img_size, img_size, dtype=torch.uint8)
+        yield Part(names, pixels, torch.full((len(names),), -1), left_out)
 
 
 def _read_shards(config: Config, *, ranks: Ranks) -> Iterator[Part]:
-    for batch in open_split(config, "train", rank=ranks.rank, world_size=ranks.world_size):
-        yield list(batch.keys), batch.images, batch.labels
+    loader = open_split(config, "train", rank=ranks.rank, world_size=ranks.world_size)
+    for batch in loader:
+        yield Part(list(batch.keys), batch.images, batch.labels, [])
+    loader.tell_unusable(ranks)
 
 
-def _gather(mine: Mapping[str, Tensor], *, ranks: Ranks) -> dict[str, Tensor]:
-    if min(ranks.gather(len(mine["labels"]))) < 1:
-        raise ValueError(f"there are fewer images than the {ranks.world_size} ranks")
-    return {name: torch.cat(ranks.gather_rows(tensor)) for name, tensor in mine.items()}
+def _tell_left_out(mine: Sequence[str], *, num_read: int, ranks: Ranks) -> None:
+    """Say which files of all ranks cannot be read; raises ValueError if no image can."""
+    left_out = [reason for reasons in ranks.gather(mine) for reason in reasons]
+    num_read = sum(ranks.gather(num_read))
+    if not num_read:
+        reasons = f": none of the {len(left_out)} can be read ({name_first(left_out)})" if left_out else ""
+        raise ValueError(f"there is no image to take features of{reasons}")
+    if left_out and ranks.rank == 0:
+        count = len(left_out)
+        logger.warning("%d of %d images cannot be read: %s", count, count + num_read, name_first(left_out))
 
 
 def _save(tensors: Mapping[str, Tensor], out: Path, *, keys: Sequence[str], origin: str) -> None:

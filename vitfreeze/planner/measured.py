@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,17 @@ def read_step_times(path: Path) -> StepTimes:
     """
     try:
         content = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{error}; expected what `vitfreeze bench step --json` prints") from None
+    try:
         step_ms = {int(row["frozen_layers"]): float(row["step_ms"]) for row in content["rows"]}
         images = int(content["micro_batch"]) * int(content.get("accumulation", 1))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{path} does not hold what `vitfreeze bench step --json` prints: {error!r}") from None
-    if 0 not in step_ms or len(step_ms) < 2 or min(step_ms.values()) <= 0 or images < 1:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise ConfigError(
+            f"{path} does not hold what `vitfreeze bench step --json` prints: a number micro_batch, and rows with the "
+            "numbers frozen_layers and step_ms each"
+        ) from None
+    if 0 not in step_ms or len(step_ms) < 2 or images < 1 or not all(0 < ms < math.inf for ms in step_ms.values()):
         raise ConfigError(
             f"{path} must hold the time of a step with 0 frozen layers and with at least one other number"
         )

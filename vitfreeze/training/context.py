@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vitfreeze.config import Config, Duration
-from vitfreeze.data import TrainLoader, merge_reports
-from vitfreeze.data.epoch_report import EpochReport
+from vitfreeze.data import TrainLoader
+from vitfreeze.data.epoch_report import merge_over_ranks
 from vitfreeze.engine import FreezingEngine
 from vitfreeze.gpu import peak_teraflops
 from vitfreeze.planner import costs_of
@@ -101,8 +101,8 @@ class Run:
     def log_epochs(self, done: int) -> None:
         """Add up what the ranks could not use of the epochs that have ended; raises ShardError when it was too much."""
         for mine in self.loader.take_reports():
-            reports = [EpochReport.from_json(facts) for facts in self.engine.ranks.gather(asdict(mine))]
-            whole = merge_reports(reports, max_bad_fraction=self.config.data.max_bad_fraction)
+            allowed = self.config.data.max_bad_fraction
+            whole = merge_over_ranks(mine, ranks=self.engine.ranks, max_bad_fraction=allowed)
             skipped = [asdict(sample) for sample in whole.skipped]
             counts = dict(whole.skipped_per_shard)
             self.reporter.log_event(

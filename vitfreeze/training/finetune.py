@@ -156,6 +156,7 @@ class Finetuning:
             self.config, "validation", rank=engine.rank, world_size=engine.world_size, num_classes=self.num_classes
         )
         figures = measure_accuracy(model, loader, ranks=engine.ranks, colours=self.config.data.colours)
+        loader.tell_unusable(engine.ranks)
         logger.info(
             "top-1 %.2f %%, top-5 %.2f %% of %d validation images",
             100 * figures["top1"], 100 * figures["top5"], figures["images"],
