@@ -110,21 +110,26 @@ def without_launcher() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LAUNCHER}
 
 
-def run_command(
-    *arguments: str, path: Sequence[Path] = (), timeout: float = 280, **variables: str
+def run_forked(
+    function: Callable[..., object],
+    *arguments: Any,
+    path: Sequence[Path] = (),
+    cwd: Path | None = None,
+    timeout: float = 280,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Do what `python -m vitfreeze` with these arguments does, in a forked process that no launcher started.
+    """Call a module-level function in a forked process that no launcher started, and return its status and output.
 
     Args:
         path: folders of more packages.
+        cwd: where it begins; by default here.
         timeout: seconds.
         variables: of the environment, beside those that are set.
     """
     environment = without_launcher() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
+    where = (str(cwd or Path.cwd()), [str(place) for place in path])
     with tempfile.TemporaryDirectory() as folder:
-        process = fork_server().Process(
-            target=_run_command, args=(arguments, environment, os.getcwd(), [str(place) for place in path], folder)
-        )
+        process = fork_server().Process(target=_run_forked, args=(function, arguments, environment, where, folder))
         process.start()
         process.join(timeout)
         process.kill()
@@ -134,22 +139,35 @@ def run_command(
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
-def _run_command(
-    arguments: Sequence[str], environment: dict[str, str], place: str, path: list[str], folder: str
+def _run_forked(
+    function: Callable[..., object],
+    arguments: Sequence[Any],
+    environment: dict[str, str],
+    where: tuple[str, list[str]],
+    folder: str,
 ) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(place)
-    sys.path[:0] = path
+    os.chdir(where[0])
+    sys.path[:0] = where[1]
     import torch
 
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays, so collections need not walk it
+    function(*arguments)
+
+
+def run_command(*arguments: str, path: Sequence[Path] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+    """Do what `python -m vitfreeze` does with these arguments; see `run_forked`."""
+    return run_forked(_call_command, list(arguments), path=path, **variables)
+
+
+def _call_command(arguments: list[str]) -> None:
     from vitfreeze.cli import main
 
-    main(list(arguments))
+    main(arguments)
 
 
 _numbers = itertools.count(1009 * os.getpid())  # test processes side by side begin far from each other
