@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from processes import fork_server, free_port
 from tiny_shards import write_shards
 
 KILLED = -signal.SIGKILL
@@ -36,17 +35,6 @@ RECIPE: Mapping[str, Mapping[str, Any]] = {
     "run": {"length": "16 steps", "log_every_steps": 1, "show_every": 0},
     "checkpoint": {"every": "3 steps"},
 }
-
-
-# What a training process imports sooner or later.
-PRELOADED = (
-    "vitfreeze.training.loop",
-    "vitfreeze.cli",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.original_muon",
-    "torch.utils.cpp_extension",
-    "setuptools",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +102,7 @@ class Bench:
             (folder / f"stage{stage}.json").write_text(json.dumps(content))
         # The processes are to run on the CPU alike everywhere.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOADED))
+        self._context = fork_server()
 
     def arguments(self, run: str | Path, *overrides: str, stage: int | None = 1) -> list[str]:
         """Return what follows `vitfreeze` on the command line."""
@@ -129,7 +116,7 @@ class Bench:
         """Start `vitfreeze pretrain` in the run folder of this name."""
         log = self.folder / f"{Path(run).name}.log"
         arguments = [*self.arguments(run, *overrides, stage=stage), *(["--fresh"] if fresh else [])]
-        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes: list[BaseProcess] = []
         for rank in range(ranks):
             variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -258,10 +245,3 @@ def _arm(kill: Kill) -> None:
         setattr(folder, kill.where, dying(getattr(folder, kill.where)))
     elif kill.where not in ("micro_batch", "update", "refuse_files", "clock"):
         raise ValueError(f"no such instant: {kill.where}")
-
-
-def find_free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""Real ranks for tests: a function run by N processes that form a process group.
+"""Real processes for tests: a function run by N ranks that form a process group, and commands of vitfreeze.
 
-The processes are forked from a server that has imported torch and DeepSpeed, so a start takes a second, not ten.
+The processes are forked from a server that has imported everything, so a start takes a second, not ten.
 """
 
 from __future__ import annotations
@@ -8,22 +8,43 @@ from __future__ import annotations
 import fcntl
 import gc
 import hashlib
+import itertools
 import multiprocessing
+import multiprocessing.context
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# What a process of vitfreeze imports sooner or later.
+PRELOADED = (
+    "vitfreeze.training.loop",
+    "vitfreeze.cli",
+    "vitfreeze.doctor",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "torch.utils.cpp_extension",
+    "setuptools",
+)
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BUILD = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+
+
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Return the context whose processes begin with everything imported; this process has one server for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 280) -> list[Any]:
@@ -32,8 +53,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 2
     Raises:
         AssertionError: a rank failed or took longer than `timeout` seconds; the message has its traceback and output.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vitfreeze.engine", "deepspeed"])
+    context = fork_server()
     environment = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -85,11 +105,81 @@ def _run_rank(
     os._exit(0)
 
 
+def without_launcher() -> dict[str, str]:
+    """Return the environment of a process that no launcher started."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+
+
+def run_forked(
+    function: Callable[..., object],
+    *arguments: Any,
+    path: Sequence[Path] = (),
+    cwd: Path | None = None,
+    timeout: float = 280,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Call a module-level function in a forked process that no launcher started, and return its status and output.
+
+    Args:
+        path: folders of more packages.
+        cwd: where it begins; by default here.
+        timeout: seconds.
+        variables: of the environment, beside those that are set.
+    """
+    environment = without_launcher() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
+    where = (str(cwd or Path.cwd()), [str(place) for place in path])
+    with tempfile.TemporaryDirectory() as folder:
+        process = fork_server().Process(target=_run_forked, args=(function, arguments, environment, where, folder))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        texts = [Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr")]
+    assert process.exitcode != -signal.SIGKILL, f"{arguments} did not end within {timeout} s:\n{texts[1][-4000:]}"
+    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+
+
+def _run_forked(
+    function: Callable[..., object],
+    arguments: Sequence[Any],
+    environment: dict[str, str],
+    where: tuple[str, list[str]],
+    folder: str,
+) -> None:
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(where[0])
+    sys.path[:0] = where[1]
+    import torch
+
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays, so collections need not walk it
+    function(*arguments)
+
+
+def run_command(*arguments: str, path: Sequence[Path] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+    """Do what `python -m vitfreeze` does with these arguments; see `run_forked`."""
+    return run_forked(_call_command, list(arguments), path=path, **variables)
+
+
+def _call_command(arguments: list[str]) -> None:
+    from vitfreeze.cli import main
+
+    main(arguments)
+
+
+_numbers = itertools.count(1009 * os.getpid())  # test processes side by side begin far from each other
+
+
 def free_port() -> int:
-    """Return a port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that is free, and stays so: it lies below those that systems give to whoever asks for any."""
+    for number in _numbers:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", 20_000 + number % 12_000))
+            return int(probe.getsockname()[1])
+    raise AssertionError("not reached")
 
 
 def built_extensions() -> Path:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import plain_deepspeed_scenarios as plain
 import pytest
 import torch
 from any_model_scenarios import COMMON, MODELS, RARE, SAVES, UNITS, frozen_at, name_of, unit_of
-from processes import run_ranks
+from processes import run_forked, run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -534,16 +531,11 @@ def test_a_damaged_checkpoint_falls_back_and_bad_extra_is_refused(
 def test_the_code_on_the_page_runs_and_goes_on(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     outputs = []
-    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by engines of other tests
-    environment = {name: value for name, value in os.environ.items() if name not in launched}
     for steps in ("20", "40"):  # the second run goes on from the first
         program = code.replace("range(first, 40)", f"range(first, {steps})")
         assert steps == "40" or program != code
         program += "\nprint(saved.step if saved else 0, engine.unit_names, engine.frozen_layers)\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False,
-            env=environment,
-        )  # fmt: skip
+        done = run_forked(exec, program, {"__name__": "__main__"}, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         outputs.append(done.stdout.splitlines()[-1])
     assert outputs == [

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pretrain import ROOT, SMALL
-from test_terminal import alone
+from processes import run_command
+from test_pretrain import SMALL
 
 from vitfreeze.boards import check_boards
 from vitfreeze.config import ConfigError, load_config
@@ -44,12 +41,7 @@ def train(run_dir: Path, shards: Path, *overrides: str, status: int = 0, **varia
         f"data.train={shards}", "data.val=[]", *SMALL, "freeze.mode=off", "run.length=12 steps",
         "run.log_every_steps=2", "run.show_every=6 steps", f"run.dir={run_dir}", "run.wandb=somebody/vits",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "vitfreeze", "pretrain", "demo", *settings, *overrides],
-        env=alone() | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-        | variables,
-        capture_output=True, text=True, check=False, timeout=280,
-    )  # fmt: skip
+    done = run_command("pretrain", "demo", *settings, *overrides, **({"WANDB_MODE": "offline"} | variables))
     assert done.returncode == status, done.stderr
     return done.stderr
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import fork_server, free_port
 from tiny_shards import write_shards
 
 from vitfreeze.config import load_config
@@ -37,7 +37,7 @@ from vitfreeze.doctor.checks import (
 from vitfreeze.doctor.facts import Gpu, RankFacts
 from vitfreeze.doctor.findings import ok, red, unseen
 from vitfreeze.doctor.run_checks import find_need, label_hosts
-from vitfreeze.ranks import LaunchEnvironment, find_free_port
+from vitfreeze.ranks import LaunchEnvironment
 
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -219,9 +219,8 @@ def _run_rank(arguments: Sequence[str], variables: dict[str, str], out: Any) -> 
 
 def run_doctor_on(arguments_of_ranks: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
     """Run `vitfreeze doctor` in one process for each list of arguments and return status and output of each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vitfreeze.doctor", "vitfreeze.engine", "vitfreeze.cli"])
-    port, pipes, processes = find_free_port(), [], []
+    context = fork_server()
+    port, pipes, processes = free_port(), [], []
     for rank, arguments in enumerate(arguments_of_ranks):
         variables = {
             "RANK": str(rank), "WORLD_SIZE": str(len(arguments_of_ranks)), "LOCAL_RANK": "0", "LOCAL_SIZE": "1",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from processes import run_command
 from test_pretrain import ROOT, SMALL
-from test_terminal import alone
 
 from vitfreeze import extensions
 from vitfreeze.config import ConfigError, load_config
@@ -45,11 +44,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(site: Path, *arguments: str, status: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "vitfreeze", *arguments],
-        env=alone() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])},
-        capture_output=True, text=True, check=False, timeout=280,
-    )  # fmt: skip
+    done = run_command(*arguments, path=[site])
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
 

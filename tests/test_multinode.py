@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from jobs import read_losses
 from nodes import ROOT, Script, descendants, require_environment, wait_until, write_recipe
-
-from vitfreeze.ranks import find_free_port
+from processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 NOTHING: Mapping[int, Any] = MappingProxyType({})
@@ -43,7 +42,7 @@ class Cluster:
         address: str = "127.0.0.1",
     ) -> list[Script]:
         """Start a command on every node that is left, as a scheduler does."""
-        count, port, scripts = len(self.names) - len(exclude), find_free_port(), []
+        count, port, scripts = len(self.names) - len(exclude), free_port(), []
         options = ["--exclude", "@".join(exclude)] if exclude else []
         for node in only or range(count):
             scripts.append(
@@ -228,7 +227,7 @@ def test_nodes_with_their_own_addresses(
 def test_torchrun_restarts_the_rest_by_itself_and_tells_a_stop_from_success(
     recipe: Path, tmp_path: Path, scripts: list[Script]
 ) -> None:
-    run, port = tmp_path / "run", find_free_port()
+    run, port = tmp_path / "run", free_port()
     options = ["--nnodes", "1:2", "--rdzv_endpoint", f"127.0.0.1:{port}", "--max_restarts", "2"]
     command = ["pretrain", str(recipe), f"run.dir={run}", "run.length=400 steps", "optim.warmup=10 steps"]
 

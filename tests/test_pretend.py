@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from processes import LAUNCHER, run_command, run_ranks
 from tiny_shards import write_shards
 
 from vitfreeze.config import load_config
@@ -25,14 +25,8 @@ TINY = (
 )  # fmt: skip
 
 
-def call(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
-    command = [sys.executable, "-m", "vitfreeze", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def pretend(ranks: int, *arguments: str) -> dict[str, Any]:
-    done = call("--pretend", str(ranks), "paper", *TINY, *arguments, "--json")
+    done = run_command("doctor", "--pretend", str(ranks), "paper", *TINY, *arguments, "--json")
     assert done.stdout, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     # Whether a host is quick enough depends on the machine, and a GPU has little to do with so small a model.
@@ -96,7 +90,8 @@ def test_fine_tuning_with_freezing() -> None:
 
 
 def test_text() -> None:
-    done = call("--pretend", "2", "paper", *TINY, "batch.global_size=4", "batch.micro_size=2", "--steps", "1")
+    settings = ("batch.global_size=4", "batch.micro_size=2", "run.length=100 steps", "freeze.mode=off")
+    done = run_command("doctor", "--pretend", "2", "paper", *TINY, *settings, "--steps", "1")
     for words in ("rank 0 of 2 through torch's fake process group", "Otherwise than in the run:", "cores a GPU"):
         assert words in done.stdout, done.stdout + done.stderr
 
@@ -121,40 +116,35 @@ def test_a_process_of_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         doctor.pretend(load_config("paper"), world_size=2)
 
 
-COUNT_CALLS = """
-import cProfile, pstats, sys
-from vitfreeze.config import load_config
-from vitfreeze.doctor.pretend import _take_step, narrow_model
-from vitfreeze.curriculum import ImageStage
-from vitfreeze.engine import join_fake_ranks
-from vitfreeze.training.build import build_engine
-import torch
+def count_calls(world_size: int) -> tuple[int, int]:
+    """Return how many functions of ours, and of everybody's, one step of one rank of so many calls."""
+    import cProfile
+    import pstats
 
-world_size = int(sys.argv[1])
-ranks = join_fake_ranks(rank=0, world_size=world_size)
-config = load_config("paper", [*sys.argv[2:], f"batch.global_size={2 * world_size}", "batch.micro_size=2"])
-engine = build_engine(config, ranks, frozen_layers=0)
-engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))
-images = ImageStage(first_step=0, img_size=32, mask_ratio=0.75, decoded_share=1.0)
-for _ in range(2):
-    _take_step(engine, [torch.zeros(2, 3, 32, 32)], images)
-profile = cProfile.Profile()
-profile.runcall(_take_step, engine, [torch.zeros(2, 3, 32, 32)], images)
-on_cpu = ranks.on_cpu()
-profile.runcall(lambda: on_cpu.begin_max([0, 0, 0])())
-ours = {key: calls for key, (_, calls, *_) in pstats.Stats(profile).stats.items()}
-print(sum(calls for (file, *_), calls in ours.items() if "/vitfreeze/" in file), sum(ours.values()))
-"""
+    from vitfreeze.curriculum import ImageStage
+    from vitfreeze.doctor.pretend import _take_step
+    from vitfreeze.engine import join_fake_ranks
+    from vitfreeze.training.build import build_engine
+
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    ranks = join_fake_ranks(rank=0, world_size=world_size)
+    batch = (f"batch.global_size={2 * world_size}", "batch.micro_size=2")
+    engine = build_engine(load_config("paper", [*TINY, "run.ds_config=cpu", *batch]), ranks, frozen_layers=0)
+    engine.set_learning_rates(dict.fromkeys(engine.unit_names, 1e-4))
+    images = ImageStage(first_step=0, img_size=32, mask_ratio=0.75, decoded_share=1.0)
+    for _ in range(2):
+        _take_step(engine, [torch.zeros(2, 3, 32, 32)], images)
+    profile = cProfile.Profile()
+    profile.runcall(_take_step, engine, [torch.zeros(2, 3, 32, 32)], images)
+    on_cpu = ranks.on_cpu()
+    profile.runcall(lambda: on_cpu.begin_max([0, 0, 0])())
+    calls = {key: times for key, (_, times, *_) in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
+    return sum(times for (file, *_), times in calls.items() if "/vitfreeze/" in file), sum(calls.values())
 
 
 def test_our_own_code_does_no_more_in_a_step_of_more_ranks() -> None:
-    counts = []
-    for ranks in (2, 1024):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "-c", COUNT_CALLS, str(ranks), *TINY, "run.ds_config=cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        counts.append([int(count) for count in done.stdout.split()])
+    counts = [run_ranks(count_calls, ranks, world_size=1)[0] for ranks in (2, 1024)]
     (ours, everything), (ours_later, everything_later) = counts
     assert ours_later == ours > 100
     assert everything_later < 1.05 * everything  # of DeepSpeed and torch, too

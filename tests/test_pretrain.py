@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from processes import free_port, run_ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,17 +26,15 @@ STEPS = 24
 SMALL = [
     "model.embed_dim=48", "model.num_heads=3", "model.decoder_embed_dim=32", "model.decoder_num_heads=2",
     "data.workers=1", "batch.global_size=16", f"run.length={STEPS} steps", "run.log_every_steps=4",
-    "checkpoint.every=3 steps", "checkpoint.keep=100", "freeze.t_0=0.4",
+    "checkpoint.every=3 steps", "checkpoint.keep=100", "freeze.t_0=0.4", "run.show_every=0.5",
 ]  # fmt: skip
 
 
 def launch(arguments: list[str], *, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Run `vitfreeze pretrain` under the deepspeed launcher on gloo."""
-    from vitfreeze.ranks import find_free_port
-
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--log_level", "error",
-        "--master_port", str(find_free_port()), "--no_local_rank", "--module", "vitfreeze", "pretrain", *arguments,
+        "--master_port", str(free_port()), "--no_local_rank", "--module", "vitfreeze", "pretrain", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
@@ -136,14 +135,36 @@ def test_metrics_and_tensorboard_tell_the_same(job: tuple[Path, subprocess.Compl
 
 
 @pytest.mark.distributed
+def test_other_ranks_say_nothing(job: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = job
+    shown = done.stdout + done.stderr
+    assert "\r" not in shown
+    for words in ("a new run in", f"step {STEPS} of {STEPS}"):
+        assert shown.count(words) == 1
+    for words in ("DeepSpeed", "Gloo", "Warning", "Rank 1"):
+        assert words not in shown
+
+
+def pretrain_here(arguments: list[str], folder: Path) -> int:
+    """What each rank of a second call does; its output goes into a file."""
+    output = os.open(folder / f"{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["pretrain", *arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.distributed
 def test_second_call_finds_the_run_finished(
-    job: tuple[Path, subprocess.CompletedProcess[str]], demo_shards: Path
+    job: tuple[Path, subprocess.CompletedProcess[str]], demo_shards: Path, tmp_path: Path
 ) -> None:
     run_dir, _ = job
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = launch(["demo", *SMALL, f"data.train={demo_shards}", f"data.val={demo_shards}", f"run.dir={run_dir}"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "before first freeze" in done.stdout + done.stderr
+    arguments = ["demo", *SMALL, f"data.train={demo_shards}", f"data.val={demo_shards}", f"run.dir={run_dir}"]
+    assert run_ranks(pretrain_here, arguments, tmp_path) == [0, 0]
+    assert "before first freeze" in (tmp_path / "0.txt").read_text()
+    assert "before first freeze" not in (tmp_path / "1.txt").read_text()
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 

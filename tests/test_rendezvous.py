@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import free_port
 from tiny_shards import write_shards
 
 from vitfreeze.config import build_config
-from vitfreeze.ranks import ClusterError, LaunchEnvironment, find_free_port
+from vitfreeze.ranks import ClusterError, LaunchEnvironment
 from vitfreeze.rendezvous import Rendezvous, fingerprint_shards, run_facts, software_versions
 
 
@@ -35,7 +36,7 @@ def meet(
     **options: Any,
 ) -> list[Any]:
     """Let each rank talk; return what each returned or raised."""
-    port = options.pop("port", None) or find_free_port()
+    port = options.pop("port", None) or free_port()
     ranks = list(range(world_size)) if ranks is None else ranks
     leave = threading.Barrier(len(ranks))  # the store ends with rank 0's thread only because the process goes on
 
@@ -65,7 +66,7 @@ def test_missing_ranks_and_their_nodes_are_named() -> None:
 
 
 def test_a_master_that_is_not_there_is_named() -> None:
-    port = find_free_port()
+    port = free_port()
     (answer,) = meet(2, lambda rendezvous: rendezvous.wait_for_ranks(), ranks=[1], seconds=0.5, port=port)
     assert isinstance(answer, ClusterError)
     assert f"did not reach rank 0 at 127.0.0.1:{port}" in str(answer)

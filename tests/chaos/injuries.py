@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from jobs import Job, Kill, find_free_port, newest_checkpoint, read_losses
+from jobs import Job, Kill, newest_checkpoint, read_losses
+from processes import free_port
 
 if TYPE_CHECKING:
     from driver import Chaos, Round
@@ -105,7 +106,7 @@ def kill_a_data_worker(chaos: Chaos, this: Round) -> None:
 def kill_the_launcher(chaos: Chaos, this: Round) -> None:
     """Kill DeepSpeed's launcher; its ranks live on, the next start names one of them, and that one can end them all."""
     command = f"{sys.executable} -m deepspeed.launcher.runner --num_accelerators {this.ranks[0]} --log_level error"
-    command += f" --master_port {find_free_port()} --no_local_rank --module vitfreeze"
+    command += f" --master_port {free_port()} --no_local_rank --module vitfreeze"
     orphans: list[psutil.Process] = []
     with (chaos.bench.folder / f"{this.name}.log").open("ab") as log:
         chaos.note_start(this)
