@@ -77,7 +77,9 @@ def test_fine_tuning_with_freezing() -> None:
         "run.length=400 steps", "optim.warmup=1 steps", "batch.global_size=256", "batch.micro_size=4",
         "finetune.clip_grad=1.0", "run.ds_config=zero1_bf16",
     )  # fmt: skip
-    done = call("--pretend", "64", "finetune_b_100ep", *settings, "--rank", "63", "--steps", "1", "--json")
+    done = run_command(
+        "doctor", "--pretend", "64", "finetune_b_100ep", *settings, "--rank", "63", "--steps", "1", "--json"
+    )
     found = json.loads(done.stdout)
     assert {name for name, finding in found["findings"].items() if finding["fit"] is False} <= {"host"}
     stages = plan(load_config("finetune_b_100ep", settings), world_size=64).stages
