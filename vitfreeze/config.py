@@ -200,7 +200,9 @@ class ModelConfig:
         0.75, "share of the patches that the encoder does not see", Range(0, 1, open_low=True, open_high=True)
     )
     activation_checkpointing: bool = option(False, "recompute active blocks to save memory", may_change=True)
-    compile: bool = option(False, "torch.compile each block and head", may_change=True)
+    compile: bool = option(
+        False, "torch.compile each block and head; the first steps take minutes, most of all on a CPU", may_change=True
+    )
     init_from: str = option(
         "",
         "first weights: a run, an export, a .pth of LocalMIM, MAE or DINO, timm:NAME",
