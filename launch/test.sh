@@ -12,4 +12,4 @@ ruff format --check .
 mypy
 
 say "Running the tests (some minutes; -m slow for the long ones)"
-exec python -m pytest "$@"
+exec python -m pytest -n auto --dist loadfile "$@" # as many processes as cores, at most 4; -n 0 is one

@@ -14,10 +14,25 @@ from processes import built_extensions
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def asks_for(config: pytest.Config, marker: str) -> bool:
+    """Tell whether `-m` asks for the tests of a marker."""
+    return bool(re.search(rf"(?<!not )\b{marker}\b", config.getoption("markexpr") or ""))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let the tests run on the CPU alike everywhere, unless `-m gpu` asks for those that need a GPU."""
-    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or ""):
+    if not asks_for(config, "gpu"):
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core already
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes `-n auto` shares the tests among: long tests, and those of a GPU, want it for them."""
+    if asks_for(config, "gpu") or asks_for(config, "slow"):
+        return 1
+    return min(len(os.sched_getaffinity(0)), 4)
 
 
 @pytest.fixture(scope="session", autouse=True)

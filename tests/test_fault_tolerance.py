@@ -144,10 +144,14 @@ def test_a_job_that_was_suspended_is_not_taken_for_a_hang(tmp_path: Path) -> Non
 
 
 def test_beats_keep_the_watchdog_quiet(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, rank=0, minutes=0.6 / 60, exit_status=EXIT_HUNG) as watchdog:
-        for step in range(12):
-            time.sleep(0.1)
-            watchdog.beat(step)
+    def beat_for_longer_than_it_waits() -> None:
+        with Watchdog(tmp_path, rank=0, minutes=1.5 / 60, exit_status=EXIT_HUNG) as watchdog:
+            for step in range(20):
+                time.sleep(0.1)
+                watchdog.beat(step)
+        os._exit(0)
+
+    assert in_child(beat_for_longer_than_it_waits) == 0
     assert list(tmp_path.iterdir()) == []
 
 
