@@ -22,7 +22,7 @@ from vitfreeze.schedule import FreezeSchedule
 PAGE = (ROOT / "docs" / "extensions.md").read_text()
 SETTINGS = (
     "model.target=colour", "freeze.how=late", "freeze.t_0=0.4", "run.length=12 steps", "checkpoint.every=6 steps",
-    "run.log_every_steps=1", "run.show_every=6 steps",
+    "run.log_every_steps=1", "run.show_every=12 steps",
 )  # fmt: skip
 
 

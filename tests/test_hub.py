@@ -17,8 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from processes import run_forked
 from safetensors.torch import load_file
 from test_export import config, images, run_dir  # noqa: F401
+
+from vitfreeze import cli
 
 REPO = "someone/tiny-vit"
 
@@ -135,15 +138,23 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
+def export_with(variables: dict[str, str], arguments: list[str]) -> None:
+    """Export with these variables of the Hub's package, which reads them when it is imported, and no other."""
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    cli.main(["export", *arguments])
+
+
 def export(run: Path, out: Path, *options: str, to: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+    variables = {
         "HF_HOME": str(out.parent / "hf"),
         "HF_HUB_DISABLE_XET": "1",  # its servers speak another protocol; without it files go by that of git LFS
         **variables,
     }
-    command = [sys.executable, "-m", "vitfreeze", "export", str(run), "--to", to, "--out", str(out), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return run_forked(export_with, variables, [str(run), "--to", to, "--out", str(out), *options], timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -182,11 +182,11 @@ def _add_training(commands: Commands, task: str, *, help: str) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    config = _read_config(parsed)  # bad settings are told before torch is imported, which takes seconds
     from vitfreeze.training.finetune import finetune
     from vitfreeze.training.pretrain import pretrain
 
     train = {"pretrain": pretrain, "finetune": finetune}[parsed.command]
-    config = _read_config(parsed)
     if parsed.cooldown:
         from vitfreeze.training.start import begin_cooldown
 
