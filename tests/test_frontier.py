@@ -454,6 +454,14 @@ def test_summary_has_the_best_rate_of_every_arm_beside_its_control() -> None:
     assert "(cost 0.50) | 49.0 (blr 0.001) | 48.0 (blr 0.001) | -1.0: one seed |" in rows[3]
 
 
+def test_summary_leaves_out_an_arm_that_was_not_run_at_the_rate_of_its_control() -> None:
+    better = [make_record("plain", seed, 0.55, blr=2e-3) for seed in (0, 1, 2)]
+    assert "frozen" not in report.format_summary(find([*EXPLORED, *better]))
+    tried = [make_record("paper", seed, 0.48, cost=0.9995, blr=2e-3) for seed in (0, 1, 2)]
+    row = report.format_summary(find([*EXPLORED, *better, *tried])).splitlines()[2]
+    assert "49.0 ± 2.5 (blr 0.001)" in row, "its best rate, not that of the control"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

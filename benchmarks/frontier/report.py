@@ -105,14 +105,18 @@ def format_claims(claims: Sequence[Claim]) -> str:
 def format_summary(findings: Sequence[Finding]) -> str:
     """Return the rows of a short table for a first page: each frozen or stopped arm beside plain of equal cost.
 
-    Of an arm with several learning rates, the best is shown.
+    Of an arm with several learning rates, the best is shown. One that was never run at the rate of its control is left
+    out: the rates would be compared as much as the arms.
     """
     rows = [["pre-training at equal counted cost", "plain", "arm", "difference, points"], ["---"] * 4]
     best: dict[tuple[str, float], Finding] = {}
     for finding in sorted(findings, key=lambda finding: finding.accuracies[PRIMARY].mean):
         best[finding.arm, finding.budget] = finding
+    tried = {(finding.arm, finding.budget, finding.blr) for finding in findings}
     for finding in findings:
         if finding.control_accuracy is None or best[finding.arm, finding.budget] is not finding:
+            continue
+        if (finding.arm, finding.budget, finding.control_blr) not in tried:
             continue
         difference = finding.differences[PRIMARY]
         rows.append([
