@@ -145,7 +145,7 @@ def test_ranks_that_do_not_mean_the_same_run_do_not_start(recipe: Path, tmp_path
     other_code = tmp_path / "other"
     shutil.copytree(ROOT / "vitfreeze", other_code / "vitfreeze", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "ds_configs", other_code / "ds_configs")
-    with (other_code / "vitfreeze/hog.py").open("a") as file:
+    with (other_code / "vitfreeze/model/hog.py").open("a") as file:
         file.write("# patched on one node\n")
     cases = {
         "freeze.t_0 is 0.3 on rank 0": {"extra": {1: ["freeze.t_0=0.4"]}},
