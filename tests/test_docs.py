@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -84,3 +85,12 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 def test_figures_are_small() -> None:
     assert [path.name for path in (ROOT / "docs").rglob("*.png") if path.stat().st_size > 300e3] == []
+
+
+def test_pages_quote_the_measured_costs_of_stages() -> None:
+    runs = json.loads((ROOT / "benchmarks/results/stages_vit_base_cpu.json").read_text())["runs"]
+    page = (ROOT / "docs/measured.md").read_text()
+    for run, words in zip(runs, ("plain", "frozen", "small images first", "both"), strict=True):
+        ratio = run["measured"] / run["planned"]
+        assert f"| {words} | {run['planned']:.3f} | {run['measured']:.3f} | {ratio:.3f} |" in page
+    assert f"| {runs[-1]['planned']:.3f} | {runs[-1]['measured']:.3f} | |" in (ROOT / "README.md").read_text()
