@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMN_INCHES = 1.6
+TITLE_INCHES = 0.3
+GAP = 0.02  # around a picture, in columns
 _GLYPH_PIXELS = 8  # of the finest cell
 
 
@@ -162,19 +164,19 @@ def draw_figure(panels: Sequence[Panel], *, title: str = "") -> Figure:
     from matplotlib.figure import Figure
 
     rows, columns = len(panels[0].pictures), len(panels)
-    figure = Figure(figsize=(columns * COLUMN_INCHES, rows * COLUMN_INCHES + 0.6), dpi=100)
+    height = rows * COLUMN_INCHES + TITLE_INCHES * (2 if title else 1)
+    figure = Figure(figsize=(columns * COLUMN_INCHES, height), dpi=100)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axis = figure.add_axes((0, 0, 1, rows * COLUMN_INCHES / height))  # one for all: each costs as much as its pictures
     for column, panel in enumerate(panels):
+        axis.text(column + 0.5, 0, panel.title, ha="center", va="bottom", fontsize=9, linespacing=1.1)
         for row in range(rows):
-            axis, picture = axes[row][column], panel.pictures[row].numpy()
-            axis.imshow(picture, cmap=None if picture.ndim == 3 else "inferno", vmin=0, vmax=1)
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(panel.title, fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    top = 1 - (0.25 / figure.get_figheight() if title else 0)
-    figure.tight_layout(pad=0.3, h_pad=0.8, rect=(0, 0, 1, top))
+            picture, edges = panel.pictures[row].numpy(), (column + GAP, column + 1 - GAP, row + 1 - GAP, row + GAP)
+            axis.imshow(picture, cmap=None if picture.ndim == 3 else "inferno", vmin=0, vmax=1, extent=edges)
+    axis.set(xlim=(0, columns), ylim=(rows, 0))
+    axis.set_axis_off()
+    if title:
+        figure.text(0.5, 1 - 0.05 / height, title, ha="center", va="top", fontsize=10)
     return figure
 
 
