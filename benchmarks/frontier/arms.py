@@ -22,7 +22,6 @@ class Kind:
         rates: rates of layers that freeze, where they are not the paper's.
         small_first: whether the run begins with small images: sizes and shares are those of the study's size.
         decoded_share: share of the masked patches that the heads reconstruct, where that is not all of them.
-        t_0: share of the run after which the first layer freezes, where it is not the recipe's.
         schedule: `optim.schedule`, where it is not a cosine.
         stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
         unfrozen: kind that does all but the freezing, against which freezing is credited; of others it is plain.
@@ -34,7 +33,6 @@ class Kind:
     rates: str | None = None
     small_first: bool = False
     decoded_share: float | None = None
-    t_0: float | None = None
     schedule: str | None = None
     stopped: bool = False
     unfrozen: str = "plain"
@@ -77,23 +75,6 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "half_decoded_global": Kind(
             recipe="unscaled", tuned_as="plain", words="half of the masked patches decoded, frozen as `global`",
             rates="global", decoded_share=0.5, unfrozen="half_decoded",
-        ),
-        "half_decoded_early": Kind(
-            recipe="unscaled", tuned_as="plain",
-            words="half of the masked patches decoded, frozen as `global`, but from "
-            "t_0 0.6 on", rates="global", decoded_share=0.5, t_0=0.6, unfrozen="half_decoded",
-        ),
-        "small_half_decoded_global": Kind(
-            recipe="unscaled", tuned_as="plain", words="small images first, half of the masked patches decoded, frozen "
-            "as `global`", rates="global", small_first=True, decoded_share=0.5, unfrozen="small_half_decoded",
-        ),
-        "small_half_decoded_stable": Kind(
-            recipe="unscaled", tuned_as="plain", words="small images first, half of the masked patches decoded, frozen "
-            "as `stable`", rates="stable", small_first=True, decoded_share=0.5, unfrozen="small_half_decoded",
-        ),
-        "small_half_decoded": Kind(
-            recipe="off", tuned_as="plain", words="small images first, half of the masked patches decoded, not frozen",
-            small_first=True, decoded_share=0.5,
         ),
     }
 )  # fmt: skip

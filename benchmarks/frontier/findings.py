@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Finding:
         blr: learning rate of pre-training per 256 images.
         accuracies: by metric, the mean over seeds and its interval, from 0 to 1.
         control: the plain arm of the same cost; empty if the arm is plain itself or nobody ran one.
-        control_blr: learning rate of that control.
+        control_blr: learning rate of the control.
         control_accuracy: what the control reaches by the primary metric, on the seeds that are shared.
         differences: by metric, the paired difference from the control, where seeds are shared with it.
         of_freezing: of arms that do more than freeze, the paired difference by the primary metric from the run of equal
@@ -106,18 +107,17 @@ def find(records: Sequence[Record], *, at_equal_rate: bool = False) -> list[Find
     arms: dict[ArmKey, dict[int, Record]] = {}
     for record in records:
         arms.setdefault((record["arm"], record["budget"], record["blr"]), {})[record["seed"]] = record
+    control = partial(_find_control, arms=arms, at_equal_rate=at_equal_rate)
     found = []
     for runs in arms.values():
-        unfrozen_kind = parse_arm(next(iter(runs.values()))["arm"]).kind.unfrozen
-        plain, unfrozen = (
-            _find_control(runs, arms, kind, at_equal_rate=at_equal_rate) for kind in ("plain", unfrozen_kind)
-        )
-        found.append(_find_arm(runs, plain, {} if unfrozen_kind == "plain" else unfrozen))
+        unfrozen = parse_arm(next(iter(runs.values()))["arm"]).kind.unfrozen
+        without_freezing = {} if unfrozen == "plain" else control(runs, kind_name=unfrozen)
+        found.append(_find_arm(runs, control(runs, kind_name="plain"), without_freezing))
     return sorted(found, key=lambda finding: (-round(finding.cost, 3), not finding.is_plain, finding.arm, finding.blr))
 
 
 def _find_control(
-    runs: Mapping[int, Record], arms: Mapping[ArmKey, Mapping[int, Record]], kind_name: str, *, at_equal_rate: bool
+    runs: Mapping[int, Record], *, arms: Mapping[ArmKey, Mapping[int, Record]], kind_name: str, at_equal_rate: bool
 ) -> Mapping[int, Record]:
     """Return the runs of a kind of the same cost, which may differ by one step, that share most seeds with `runs`."""
     one = next(iter(runs.values()))

@@ -74,8 +74,6 @@ class Study:
             chosen["curriculum.img_size"] = self.size.small_first
         if kind.decoded_share is not None:
             chosen["curriculum.decoded_share"] = f"[[0, {kind.decoded_share:g}]]"
-        if kind.t_0 is not None:
-            chosen["freeze.t_0"] = f"{kind.t_0:g}"
         return [*as_overrides(chosen), f"run.seed={cell.seed}", "run.show_every=0"]
 
     def finetuning_settings(self, cell: Cell) -> list[str]:
