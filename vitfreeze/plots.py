@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitfreeze.architecture import FreezeUnit, count_layers
 from vitfreeze.config import Config, ConfigError, load_run_config
 from vitfreeze.files import read_json_lines, suggest_path
-from vitfreeze.planner import Comparison, Plan, compare_run, differing_images, is_comparable, plan
+from vitfreeze.planner import Comparison, Plan, compare_run, is_comparable, name_stages, plan
 from vitfreeze.schedule import RunSchedule, build_schedule, units_of
 
 if TYPE_CHECKING:
@@ -219,11 +219,7 @@ def _mark_freezes(axis: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
 def _draw_comparison(costs: Axes, savings: Axes, comparison: Comparison) -> None:
     """Cost of a step in every stage, planned and measured; and the savings of the whole run."""
     places = [*range(len(comparison.stages))]
-    differing = differing_images([stage.images for stage in comparison.stages])
-    names = [
-        "\n".join([str(stage.frozen_layers), *(values[place] for values in differing.values())])
-        for place, stage in enumerate(comparison.stages)
-    ]
+    heading, *kinds = name_stages(comparison)
     planned = [stage.predicted_cost for stage in comparison.stages]
     measured = [stage.measured_cost for stage in comparison.stages]
     costs.plot(places, planned, color=INK, marker="o", fillstyle="none", linestyle="--", label="planned")
@@ -235,8 +231,8 @@ def _draw_comparison(costs: Axes, savings: Axes, comparison: Comparison) -> None
         places, measured, yerr=ranges, color=ACCENT, marker="s", linewidth=1.4, elinewidth=0.8, capsize=3,
         label="measured (median and quartiles)",
     )  # fmt: skip
-    costs.set_xticks(places, names)
-    costs.set(ylim=(0, None), xlabel=", ".join(["frozen layers", *differing]), ylabel="cost of a step (plain = 1)")
+    costs.set_xticks(places, ["\n".join(kind) for kind in kinds])
+    costs.set(ylim=(0, None), xlabel=", ".join(heading), ylabel="cost of a step (plain = 1)")
     costs.legend(loc="lower left", **LEGEND)
     costs.grid(axis="y", color=SHADE)
     shares = [100 * comparison.predicted_saving, 100 * comparison.measured_saving]

@@ -16,7 +16,7 @@ from vitfreeze.config import ConfigError
 from vitfreeze.files import replacing, suggest_path
 from vitfreeze.html_report.figures import draw_frontier, draw_runs, read_cells
 from vitfreeze.html_report.runs import AXES, RunRecord, differing_settings, freezes_of, read_run
-from vitfreeze.planner import differing_images
+from vitfreeze.planner import name_stages
 from vitfreeze.text import format_bytes
 
 if TYPE_CHECKING:
@@ -139,14 +139,12 @@ def _tell_run(run: RunRecord) -> Iterator[str]:
     yield f"<h2>{escape(run.name)}</h2>"
     if run.comparison:
         yield "<h3>Stages: plan and measurement</h3>"
-        differing = differing_images([stage.images for stage in run.comparison.stages])
-        head = ["frozen layers", *differing, "steps", "images/s", "cost planned", "measured"]
-        head += ["optimizer state planned", "measured"]
+        heading, *kinds = name_stages(run.comparison)
+        head = [*heading, "steps", "images/s", "cost planned", "measured", "optimizer state planned", "measured"]
         rows = [
-            [str(s.frozen_layers), *(values[number] for values in differing.values()), f"{s.steps:,}",
-             f"{s.images_per_second:,.0f}", f"{s.predicted_cost:.2f}", f"{s.measured_cost:.2f}",
-             format_bytes(s.predicted_state_bytes), format_bytes(s.measured_state_bytes)]
-            for number, s in enumerate(run.comparison.stages)
+            [*kind, f"{s.steps:,}", f"{s.images_per_second:,.0f}", f"{s.predicted_cost:.2f}",
+             f"{s.measured_cost:.2f}", format_bytes(s.predicted_state_bytes), format_bytes(s.measured_state_bytes)]
+            for s, kind in zip(run.comparison.stages, kinds, strict=True)
         ]  # fmt: skip
         yield _table(head, rows)
     freezes = freezes_of(run)

@@ -7,11 +7,11 @@ from vitfreeze.planner.measured import StepTimes, read_step_times
 from vitfreeze.planner.prediction import Plan, Stage, plan
 from vitfreeze.planner.targets import solve_targets
 from vitfreeze.planner.text import (
-    differing_images,
     format_comparison,
     format_plan,
     format_plans_side_by_side,
     format_targets,
+    name_stages,
     scaling_efficiency,
 )
 
@@ -26,13 +26,13 @@ __all__ = [
     "compare_run",
     "compare_with_measurement",
     "costs_of",
-    "differing_images",
     "fit_micro_batch",
     "format_comparison",
     "format_plan",
     "format_plans_side_by_side",
     "format_targets",
     "is_comparable",
+    "name_stages",
     "plan",
     "quartiles",
     "read_step_times",

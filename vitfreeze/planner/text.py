@@ -6,7 +6,6 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from vitfreeze.curriculum import ImageStage
 from vitfreeze.planner.comparison import Comparison
 from vitfreeze.planner.input import STORED_SIZE
 from vitfreeze.planner.prediction import Plan, Stage
@@ -196,13 +195,11 @@ def _quote(overrides: Sequence[str]) -> str:
 
 def format_comparison(comparison: Comparison) -> str:
     """Return the plan and the measured run, stage by stage, and both savings."""
-    differing = differing_images([stage.images for stage in comparison.stages])
-    heading = ["frozen layers", *differing, "steps", "images/s", "planned cost", "measured", "waits for data"]
-    rows = [[*heading, "optimizer", "planned"]]
-    for number, stage in enumerate(comparison.stages):
-        cells = [str(stage.frozen_layers), *(values[number] for values in differing.values()), f"{stage.steps:,}"]
-        cells += [f"{stage.images_per_second:.1f}", f"{stage.predicted_cost:.3f}", f"{stage.measured_cost:.3f}"]
-        cells += [f"{stage.data_wait_fraction:.0%}"]
+    heading, *kinds = name_stages(comparison)
+    rows = [[*heading, "steps", "images/s", "planned cost", "measured", "waits for data", "optimizer", "planned"]]
+    for stage, kind in zip(comparison.stages, kinds, strict=True):
+        cells = [*kind, f"{stage.steps:,}", f"{stage.images_per_second:.1f}"]
+        cells += [f"{stage.predicted_cost:.3f}", f"{stage.measured_cost:.3f}", f"{stage.data_wait_fraction:.0%}"]
         cells += [format_bytes(stage.measured_state_bytes), format_bytes(stage.predicted_state_bytes)]
         rows.append(cells)
     what = "Freezing and the curriculum" if comparison.has_curriculum else "Freezing"
@@ -219,11 +216,14 @@ def format_comparison(comparison: Comparison) -> str:
     )
 
 
-def differing_images(stages: Sequence[ImageStage]) -> dict[str, list[str]]:
-    """Return columns of what is not the same in all stages, by their headings."""
-    columns = {
-        "pixels": [str(stage.img_size) for stage in stages],
-        "masked": [f"{stage.mask_ratio:g}" for stage in stages],
-        "decoded": [f"{stage.decoded_share:g}" for stage in stages],
-    }
-    return {name: values for name, values in columns.items() if len(set(values)) > 1}
+def name_stages(comparison: Comparison) -> list[list[str]]:
+    """Return a heading and a row for each stage: its frozen layers, and what is not the same in all of its images."""
+    images = [stage.images for stage in comparison.stages]
+    columns = [
+        ["pixels", *(str(stage.img_size) for stage in images)],
+        ["masked", *(f"{stage.mask_ratio:g}" for stage in images)],
+        ["decoded", *(f"{stage.decoded_share:g}" for stage in images)],
+    ]
+    frozen = ["frozen layers", *(str(stage.frozen_layers) for stage in comparison.stages)]
+    differing = [column for column in columns if len(set(column[1:])) > 1]
+    return [list(row) for row in zip(frozen, *differing, strict=True)]
