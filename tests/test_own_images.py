@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_shards import jpeg_of
+from tiny_shards import jpeg_of, write_tar
 
 from data_prep.__main__ import main as prepare
 from vitfreeze import cli
@@ -61,18 +59,9 @@ def test_a_flat_folder_in_two_commands(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_labels_are_asked_for_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shard = write_shard(tmp_path / "00000.tar", [("a.jpg", jpeg_of((1, 2, 3)))])
+    shard = write_tar(tmp_path / "00000.tar", [("a.jpg", jpeg_of((1, 2, 3)))])
     assert call("finetune", "finetune_b_100ep", f"data.train={shard}", f"data.val={shard}", "batch.global_size=1") == 2
     assert "it has no label" in capsys.readouterr().err.splitlines()[-1]
-
-
-def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as file:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return path
 
 
 def test_shards_of_img2dataset_are_read_as_they_are(tmp_path: Path) -> None:
@@ -82,7 +71,7 @@ def test_shards_of_img2dataset_are_read_as_they_are(tmp_path: Path) -> None:
         for number in range(8):
             key = f"{shard:05d}{number:04d}"
             members += [(f"{key}.jpg", jpeg_of((number, 0, 0))), (f"{key}.txt", b"a photo"), (f"{key}.json", b"{}")]
-        write_shard(tmp_path / f"{shard:05d}.tar", members)
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
         (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
         (tmp_path / f"{shard:05d}.parquet").write_bytes(b"PAR1")
     loader = build_train_loader(load_config("paper", [f"data.train={tmp_path}", *SMALL]))
@@ -91,7 +80,7 @@ def test_shards_of_img2dataset_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_dot_in_a_name_ends_the_key_and_is_told(tmp_path: Path) -> None:
-    write_shard(tmp_path / "0.tar", [("a.v1.jpg", jpeg_of((1, 2, 3)))])
+    write_tar(tmp_path / "0.tar", [("a.v1.jpg", jpeg_of((1, 2, 3)))])
     loader = build_train_loader(load_config("paper", [f"data.train={tmp_path}", *SMALL, "batch.global_size=1"]))
     with pytest.raises(ShardError, match=r"a\.v1\.jpg has a dot before the extension, where WebDataset ends a key"):
         next(loader.batches(0, 1))

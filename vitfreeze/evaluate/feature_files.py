@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,9 +91,9 @@ def write_features(
         size = replace(config.model, img_size=model.img_size)
         parts = _read_shards(replace(config, data=data, model=size), ranks=ranks)
     mine, keys, left_out = _compute_parts(model, parts, colours=pretrained.colours, blocks=chosen, kinds=kinds)
-    _tell_left_out(left_out, num_read=len(keys), ranks=ranks)
-    whole = {name: torch.cat(ranks.gather_rows(tensor)) for name, tensor in mine.items()}
     all_keys = [key for names in ranks.gather(keys) for key in names]
+    _tell_left_out(left_out, num_read=len(all_keys), ranks=ranks)
+    whole = {name: torch.cat(ranks.gather_rows(tensor)) for name, tensor in mine.items()}
     if ranks.rank == 0:
         _save(whole, out, keys=all_keys, origin=pretrained.origin)
         logger.info("%d images; %s", len(all_keys), ", ".join(f"{name} {tuple(x.shape)}" for name, x in whole.items()))
@@ -108,18 +107,27 @@ def _compute_parts(
 
     A rank may have no readable image, and has to know the shapes of the others' features.
     """
-    device, side = model.cls_token.device, model.img_size
-    nothing = Part([], torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [])
-    keys, left_out, labels, rows = list[str](), list[str](), [nothing.labels], dict[str, list[Tensor]]()
-    for part in itertools.chain([nothing], parts):
+    keys, left_out, labels, rows = (
+        list[str](),
+        list[str](),
+        [torch.empty(0, dtype=torch.int64)],
+        dict[str, list[Tensor]](),
+    )
+
+    def compute(images: Tensor) -> Mapping[str, Tensor]:
+        inputs = normalize(images.to(model.cls_token.device), colours=colours)
+        return compute_features(model, inputs, blocks=blocks, kinds=kinds)
+
+    for part in parts:
         keys += part.keys
         left_out += part.left_out
         labels.append(part.labels)
-        if not len(part.images):
-            continue
-        images = normalize(part.images.to(device), colours=colours)
-        for name, tensor in compute_features(model, images, blocks=blocks, kinds=kinds).items():
-            rows.setdefault(name, []).append(tensor[: len(part.keys)])
+        if part.keys:
+            for name, tensor in compute(part.images).items():
+                rows.setdefault(name, []).append(tensor)
+    if not rows:
+        black = torch.zeros(1, 3, model.img_size, model.img_size, dtype=torch.uint8)
+        rows = {name: [tensor[:0]] for name, tensor in compute(black).items()}
     features = {name: torch.cat(tensors) for name, tensors in rows.items()}
     return {**features, "labels": torch.cat(labels)}, keys, left_out
 
@@ -160,7 +168,6 @@ def _read_shards(config: Config, *, ranks: Ranks) -> Iterator[Part]:
 def _tell_left_out(mine: Sequence[str], *, num_read: int, ranks: Ranks) -> None:
     """Say which files of all ranks cannot be read; raises ValueError if no image can."""
     left_out = [reason for reasons in ranks.gather(mine) for reason in reasons]
-    num_read = sum(ranks.gather(num_read))
     if not num_read:
         reasons = f": none of the {len(left_out)} can be read ({name_first(left_out)})" if left_out else ""
         raise ValueError(f"there is no image to take features of{reasons}")

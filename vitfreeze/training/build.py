@@ -85,7 +85,7 @@ def build_classifier(config: Config) -> Classifier:
     """Build the classifier of fine-tuning with the weights that the seed gives."""
     settings = config.finetune
     torch.manual_seed(config.run.seed)
-    return Classifier(
+    model = Classifier(
         size=config.model.resolve(),
         img_size=config.model.img_size,
         num_classes=settings.num_classes,
@@ -94,6 +94,9 @@ def build_classifier(config: Config) -> Classifier:
         activation_checkpointing=config.model.activation_checkpointing,
         average_decay=settings.model_ema_decay,
     )
+    if config.model.compile:
+        model.compile_parts()
+    return model
 
 
 def build_engine(

@@ -127,8 +127,6 @@ class Finetuning:
             logger.info("fine-tuning begins with %s", self._beginning.origin)
         elif is_new:
             logger.warning("fine-tuning begins with random weights, because model.init_from is empty")
-        if self.config.model.compile:
-            model.compile_parts()
         return model
 
     def forward(
