@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from processes import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_shards import jpeg_of
+from tiny_shards import jpeg_of, write_tar
 
 from vitfreeze import cli
 from vitfreeze.config import Config, ConfigError, build_config
@@ -150,6 +151,7 @@ def _shards_of(run_dir: Path) -> tuple[str, ...]:
         (("knn", "RUN", "--pool", "max"), "expected one of avg, token"),
         (("knn", "RUN", "--k", "1000"), "--k is 1000, expected at most the 100 training images that vote"),
         (("knn", "RUN", "--k", "0"), "--k is 0, expected numbers of at least 1"),
+        (("knn", "RUN", "--max-bad-fraction", "2"), "max_bad_fraction is 2.0, expected"),
         (("linear", "RUN", "--optimizer", "adam"), "expected one of lars, sgd"),
         (("export", "RUN", "--to", "onnx"), "expected one of timm, safetensors, hf, torch"),
         (("show", "RUN", "pyproject.toml"), "pyproject.toml: not a readable image"),
@@ -178,6 +180,23 @@ def bare(tmp_path: Path) -> str:
 def test_images_without_labels_are_refused(run_dir: Path, bare: str) -> None:
     with pytest.raises(ValueError, match=r"sample sample0 has no label"):
         evaluate_knn(str(run_dir), EvaluationData(val=(bare,)))
+
+
+def test_broken_images_are_left_out_as_far_as_the_command_allows(
+    run_dir: Path, demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = shutil.copytree(demo_shards, tmp_path / "shards")
+    path = min(shards.glob("*-validation-*.tar"))
+    with tarfile.open(path) as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    spoilt = next(name for name, _ in members if name.endswith(".jpg"))
+    write_tar(path, [(name, b"?" if name == spoilt else data) for name, data in members])
+    command = ("knn", str(run_dir), "--val", str(shards), "--k", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    assert ended.value.code == 2
+    assert "unusable, over data.max_bad_fraction=0.001" in capsys.readouterr().err.splitlines()[-1]
+    assert "1-NN" in call(capsys, *command, "--max-bad-fraction", "0.1")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +17,7 @@ import psutil
 import pytest
 import torch
 from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_lines, read_losses
+from tiny_shards import open_loader, write_tar
 
 from vitfreeze.fault_tolerance import EXIT_HUNG, EXIT_STOPPED, LossGuard, StopSignals, Watchdog
 
@@ -166,6 +169,28 @@ def test_a_rank_that_stands_still_is_found_by_the_other(bench: Bench) -> None:
     assert "take_step" in report or "end_step" in report or "freeze" in report
     assert read_events(bench.folder / "hung", "hang")[0]["step"] >= 3
     assert bench.run("hung", ranks=2) == [0, 0]
+
+
+def test_what_one_rank_alone_meets_in_a_shard_is_told_by_it(bench: Bench) -> None:
+    """The launcher ends the other ranks, so nobody else could."""
+    shards = shutil.copytree(bench.folder / "shards", bench.folder / "spoilt")
+    loader = open_loader(
+        shards, img_size=32, num_patches=64, global_batch=8, micro_batch=4, workers=0, rank=1, world_size=2,
+        cache_dir=bench.folder / "cache",
+    )  # fmt: skip
+    spoilt = next(loader.batches(2, 3)).keys[0]
+    for path in shards.glob("*.tar"):
+        with tarfile.open(path) as archive:
+            members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+        write_tar(path, [(name, b"?" if name == f"{spoilt}.jpg" else data) for name, data in members])
+    job = bench.start("spoilt_run", f"data.train={shards}", "data.max_bad_fraction=0.001", ranks=2)
+    job.processes[1].join(60)
+    job.kill()
+    assert job.processes[1].exitcode == 2, bench.log("spoilt_run")
+    said = re.findall(r"^vitfreeze pretrain: 1 of 80 samples .*$", bench.log("spoilt_run"), re.MULTILINE)
+    assert len(said) == 1, bench.log("spoilt_run")
+    assert "over data.max_bad_fraction=0.001" in said[0]
+    assert str(shards) in said[0]
 
 
 def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_is_from_before(bench: Bench) -> None:

@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) and error.filename is not None:
             meant = suggest_path(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
             words = f"{error.strerror}: {error.filename}{meant}"
-        if rank == 0 or isinstance(error, OSError):  # what is wrong with files may be wrong on one node only
+        # What is wrong with files may be wrong on one node only, what is wrong in shards with those of one rank.
+        if rank == 0 or isinstance(error, OSError) or getattr(error, "of_one_rank", False):
             print(f"vitfreeze {parsed.command}: {words}", file=sys.stderr)
         status = EXIT_BAD_INPUT
     sys.exit(status)
@@ -208,6 +209,12 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", help="avg: mean of the patches (default); token: the class token")
     parser.add_argument("--limit", type=int, help="images of each split and rank; default: all")
     parser.add_argument("--workers", type=int, help="decoding processes; default: as the run")
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        metavar="SHARE",
+        help="samples that may fail to decode; default: the run's data.max_bad_fraction",
+    )
     _add_allow_pipe(parser)
 
 
@@ -220,7 +227,8 @@ def _evaluation_data(parsed: argparse.Namespace) -> EvaluationData:
 
     return EvaluationData(
         train=tuple(parsed.train), val=tuple(parsed.val), blocks=tuple(parsed.blocks), all_blocks=parsed.all_blocks,
-        limit=parsed.limit, workers=parsed.workers, allow_pipe=parsed.allow_pipe, **_given(global_pool=parsed.pool),
+        limit=parsed.limit, workers=parsed.workers, max_bad_fraction=parsed.max_bad_fraction,
+        allow_pipe=parsed.allow_pipe, **_given(global_pool=parsed.pool),
     )  # fmt: skip
 
 

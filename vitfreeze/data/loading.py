@@ -198,7 +198,11 @@ class _Loader:
             fallbacks=batch.fallbacks, skipped=batch.skipped,
         )  # fmt: skip
         known = [self._report] if self._report is not None else []
-        self._report = merge_reports([*known, report], max_bad_fraction=self.options.max_bad_fraction)
+        try:
+            self._report = merge_reports([*known, report], max_bad_fraction=self.options.max_bad_fraction)
+        except ShardError as error:
+            error.of_one_rank = True
+            raise
 
     def _end_epoch(self) -> None:
         """Report the epoch that was under way; one that goes on in another call of `batches` is not over."""
@@ -249,6 +253,7 @@ class _Loader:
                 if answer is None:
                     return
                 if isinstance(answer, ShardError):
+                    answer.of_one_rank = True
                     raise answer
                 self._work_seconds += answer.work_seconds
                 self._work_images += len(answer.keys)

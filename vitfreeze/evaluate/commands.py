@@ -31,6 +31,7 @@ class EvaluationData:
         global_pool: avg or token.
         limit: images per split and rank; None: all.
         workers: decoding processes.
+        max_bad_fraction: share of the samples of a split that may fail to decode.
         allow_pipe: whether the user's command line allows shards that are shell commands; the run cannot.
     """
 
@@ -41,6 +42,7 @@ class EvaluationData:
     global_pool: str = FinetuneConfig.global_pool
     limit: int | None = None
     workers: int | None = None
+    max_bad_fraction: float | None = None
     allow_pipe: bool = False
 
 
@@ -143,11 +145,13 @@ def _extract_splits(
 def _choose_data(pretrained: Pretrained, data: EvaluationData) -> Config:
     """Return the run's settings with the given shards in place of its own."""
     config = pretrained.config or Config()
+    own = config.data
     chosen = replace(
-        config.data,
-        train=data.train or config.data.train_shards,
-        val=data.val or config.data.val,
-        workers=config.data.workers if data.workers is None else data.workers,
+        own,
+        train=data.train or own.train_shards,
+        val=data.val or own.val,
+        workers=own.workers if data.workers is None else data.workers,
+        max_bad_fraction=own.max_bad_fraction if data.max_bad_fraction is None else data.max_bad_fraction,
         allow_pipe=data.allow_pipe,
     )
     return replace(config, data=chosen, model=replace(config.model, img_size=pretrained.img_size))
