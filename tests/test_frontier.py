@@ -446,6 +446,22 @@ def test_report_prints_draws_and_renews_documents(tmp_path: Path, capsys: pytest
     assert plot.stat().st_size < 300_000
 
 
+def test_claims_that_lie_beside_the_records_are_judged_on_the_page(tmp_path: Path) -> None:
+    folder = write_records(tmp_path / "records")
+    for record in make_confirmation(range(10, 15), 0.01):
+        (folder / f"{record['arm']}_{record['seed']}.json").write_text(json.dumps(record))
+    assert "claim" not in report.make_blocks(folder)["frontier"]
+    (folder / "claims.json").write_text('["t09"]')
+    tables = report.make_blocks(folder)["frontier"].split("\n\n")
+    assert tables[0].startswith("Test set")
+    assert "| `t09` beats `plain` of equal cost, budget 1 | 5 | +1.0 [" in tables[2]
+    assert tables[2].endswith("| confirmed |")
+    assert tables[3].startswith("Exploration")
+    (folder / "claims.json").write_text('["t09@0.5"]')
+    with pytest.raises(InputError, match="a claim needs 5"):
+        report.make_blocks(folder)
+
+
 def test_summary_has_the_best_rate_of_every_arm_beside_its_control() -> None:
     slower = [make_record("paper", seed, 0.50, cost=0.9995, blr=5e-4) for seed in (0, 1, 2)]
     rows = report.format_summary(find([*EXPLORED, *slower])).splitlines()

@@ -30,6 +30,8 @@ from vitfreeze.arguments import Parser
 NAMES = {"finetuned": "fine-tuned", "linear": "linear", "knn_10": "10-NN"}
 INK, BAND, ACCENT = "#222222", "#BBD3E6", "#D55E00"
 PLAIN_COLOUR = "#0072B2"
+MARKERS = "s^Dv<>PX*"
+CLAIMS_FILE = "claims.json"  # beside the records: the claims that were chosen before the test set was seen
 
 
 def describe_group(key: GroupKey, records: Sequence[Any]) -> str:
@@ -143,7 +145,7 @@ def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
     """Draw accuracy against counted cost: the plain frontier with its 95 % band, every other arm as a point."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     plain = best_at_each_cost([finding for finding in findings if finding.is_plain])
     costs = [finding.cost for finding in plain]
@@ -153,19 +155,23 @@ def draw(findings: Sequence[Finding], path: Path, *, title: str) -> Path:
         low, high = [100 * x.low for x in intervals], [100 * x.high for x in intervals]
         axes.fill_between(costs, low, high, color=BAND, label="95 % interval over seeds")
     axes.plot(costs, means, "o-", color=PLAIN_COLOUR, label="plain LocalMIM, rate decayed")
-    markers = "s^Dv<>PX*"
-    for number, finding in enumerate((finding for finding in findings if not finding.is_plain), start=1):
-        value = finding.accuracies[PRIMARY]
-        spread = 0.0 if value.pairs < 2 else 50 * (value.high - value.low)
+    series: dict[tuple[str, float], list[Finding]] = {}
+    for finding in findings:
+        if not finding.is_plain:
+            series.setdefault((finding.arm, finding.blr), []).append(finding)
+    for number, ((arm, blr), points) in enumerate(series.items(), start=1):
+        values = [finding.accuracies[PRIMARY] for finding in points]
+        spreads = [50 * (value.high - value.low) if value.pairs > 1 else 0.0 for value in values]
         axes.errorbar(
-            finding.cost, 100 * value.mean, yerr=spread or None, color=f"C{number}", capsize=3,
-            fmt=markers[number % len(markers)], label=f"{finding.arm}, blr {finding.blr:g}: {finding.words}",
+            [finding.cost for finding in points], [100 * value.mean for value in values],
+            yerr=spreads if any(spreads) else None, color=f"C{number}", capsize=3,
+            fmt=f"{MARKERS[number % len(MARKERS)]}:", label=f"{arm}, blr {blr:g}: {points[0].words}",
         )  # fmt: skip
     axes.set_xlim(0, 1.1 * max(finding.cost for finding in findings))
     axes.set_xlabel("counted cost of pre-training (plain run = 1)")
     axes.set_ylabel("fine-tuned top-1, per cent")
     axes.set_title(title, loc="left", fontsize=9, wrap=True)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
@@ -193,12 +199,20 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 
 def make_blocks(folder: Path) -> dict[str, str]:
-    """Return what documents quote of a folder of records: block frontier (all tables), block frontier summary."""
-    groups = group_records(read_records(folder))
+    """Return what documents quote of a folder of records: block frontier (all tables), block frontier summary.
+
+    Raises:
+        InputError: there is no record, or the claims of claims.json cannot be judged by them.
+    """
+    records = read_records(folder)
+    groups = group_records(records)
     tables = [
         f"{describe_group(key, group)}\n\n{format_table(find(group, at_equal_rate=True))}"
         for key, group in groups.items()
-    ]
+    ]  # of the test set first
+    if (folder / CLAIMS_FILE).is_file():
+        claims = [read_claim(text) for text in json.loads((folder / CLAIMS_FILE).read_text())]
+        tables.insert(1, format_claims(confirm(records, claims)))
     if (folder / "tuning.json").is_file():
         tables.append(format_tuning(json.loads((folder / "tuning.json").read_text())))
     key, group = next(iter(groups.items()))
