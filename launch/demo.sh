@@ -11,5 +11,5 @@ cd "$root"
 say "Drawing labelled images and packing them as WebDataset shards in shards/demo"
 python -m data_prep demo --out shards/demo
 
-say "Pre-training in $(count_ranks) processes; the run folder is runs/demo"
+say "Pre-training in $(count_ranks) processes; the run folder is runs/demo unless run.dir says otherwise"
 run_on_this_machine pretrain demo "$@"

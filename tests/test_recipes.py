@@ -28,7 +28,7 @@ RECIPES = sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml") if not path.
 # Ranks, and the sustained TFLOP/s a rank at which the header counts its hours.
 HARDWARE = {"1x8_v100": (8, 23.2), "4x8_v100": (32, 23.2), "1x8_a100": (8, 100.0)}
 HARDWARE_RECIPES = [name for name in RECIPES if name.startswith("vit_")]
-COUNTED_RECIPES = ["half", "short"]
+COUNTED_RECIPES = ["recommended", "half", "short"]
 # Narrow, but as deep and with the same taps, heads and settings.
 NARROW = (
     *("model.embed_dim=16", "model.num_heads=2", "model.decoder_embed_dim=16", "model.decoder_num_heads=2"),
@@ -100,8 +100,13 @@ def test_the_header_of_a_counted_recipe_says_what_the_plan_says(recipe: str) -> 
     assert not predicted.authors, "nobody has run it"
 
 
+def test_recommended_costs_what_the_plain_run_costs_and_no_more() -> None:
+    recommended, plain = (plan(load_config(name), teraflops=100.0) for name in ("recommended", "off"))
+    assert 0.995 * plain.gpu_hours < recommended.gpu_hours <= plain.gpu_hours
+
+
 def test_half_costs_half_and_short_takes_three_hours() -> None:
-    half, short = (plan(load_config(name), teraflops=100.0) for name in COUNTED_RECIPES)
+    half, short = (plan(load_config(name), teraflops=100.0) for name in ("half", "short"))
     assert half.saving == pytest.approx(0.5, abs=0.03)
     assert half.total_steps / half.steps_per_epoch == 100
     assert short.gpu_hours <= 3

@@ -472,6 +472,8 @@ class Config:
         if self.freeze.mode != "schedule":
             return f"one {self.optim.schedule}"
         scaled = "scaled" if self.freeze.scale_lr else "unscaled"
+        if self.freeze.rates == "stable" and self.optim.schedule == "cosine":
+            return "stable"  # only the heads follow the cosine
         return scaled if self.freeze.rates == "cosine" else f"{self.freeze.rates} {self.optim.schedule}"
 
     @property

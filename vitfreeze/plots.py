@@ -116,7 +116,9 @@ def _draw_rates(axis: Axes, schedule: RunSchedule, *, steps_per_epoch: int) -> N
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, -3))
     if warmup:
         axis.text(warmup / 2, 0.97, "warm-up", transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
-    axis.legend(loc="upper right", frameon=False)
+    # Below the curves: level rates fill the upper right, falling ones begin at the upper left.
+    warm = schedule.shared.warmup_steps / schedule.total_steps
+    axis.legend(loc="lower left", bbox_to_anchor=(warm, 0), frameon=False)
     _add_layer_bar(axis, schedule.num_layers - 1)
 
 
