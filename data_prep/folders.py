@@ -164,7 +164,7 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
 
     Raises:
         InputError: the folder cannot be read or a split of it has no image, a validation class that is not among the
-            training classes, or a limit of classes where there are none.
+            training classes, two classes that are one folder, or a limit of classes where there are none.
     """
     roots, left_alone = find_split_folders(root, labels=labels)
     notes = [f"left alone: {', '.join(left_alone)} in {root}"] if left_alone else []
@@ -182,9 +182,22 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
         unknown = sorted(set(list_class_folders(folder)) - set(classes))
         if unknown:
             raise InputError(f"{folder} holds the class {unknown[0]}, which the training images do not have.")
+        _refuse_twins(folder)
     labelled = {split: _read_labelled(split, folder, chosen, notes) for split, folder in roots.items()}
     _refuse_empty(labelled, notes)
     return ImageSet(chosen, labelled, notes)
+
+
+def _refuse_twins(root: Path) -> None:
+    """Refuse two class folders that are one by a link."""
+    known: dict[tuple[int, int], str] = {}
+    for name in list_class_folders(root):
+        other = known.setdefault(_identify(root / name), name)
+        if other != name:
+            raise InputError(
+                f"the classes {other} and {name} in {root} are one folder, by a link, and its images would have two "
+                "labels; remove one."
+            )
 
 
 def _refuse_empty(splits: Mapping[str, Catalogue], notes: Sequence[str]) -> None:

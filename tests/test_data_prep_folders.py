@@ -141,10 +141,13 @@ def test_layouts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     write(tmp_path / "unknown" / "train" / "cat" / "1.jpg", jpeg())
     write(tmp_path / "unknown" / "val" / "dog" / "1.jpg", jpeg())
     write(tmp_path / "hollow" / "cat" / "notes.txt", b"text")
+    write(tmp_path / "twins" / "cat" / "1.jpg", jpeg())
+    (tmp_path / "twins" / "feline").symlink_to("cat")
     for tree, words in (
         ("flat", "no image in the train split"),
         ("unknown", "the class dog"),
         ("hollow", "no image in the train split"),
+        ("twins", "the classes cat and feline in"),
         ("missing", "there is no "),
     ):
         assert main(["folder", str(tmp_path / tree), "--out", str(tmp_path / "out")]) == 2
