@@ -179,19 +179,20 @@ def read_folder(root: Path, *, limit_classes: int | None = None, labels: bool = 
         return ImageSet([], unlabelled, [*notes, "without labels: for pre-training, not for k-NN or fine-tuning"])
     chosen = choose_classes(classes, limit_classes)
     for folder in roots.values():
-        unknown = sorted(set(list_class_folders(folder)) - set(classes))
+        names = list_class_folders(folder)
+        unknown = sorted(set(names) - set(classes))
         if unknown:
             raise InputError(f"{folder} holds the class {unknown[0]}, which the training images do not have.")
-        _refuse_twins(folder)
+        _refuse_twins(folder, names)
     labelled = {split: _read_labelled(split, folder, chosen, notes) for split, folder in roots.items()}
     _refuse_empty(labelled, notes)
     return ImageSet(chosen, labelled, notes)
 
 
-def _refuse_twins(root: Path) -> None:
+def _refuse_twins(root: Path, names: Sequence[str]) -> None:
     """Refuse two class folders that are one by a link."""
     known: dict[tuple[int, int], str] = {}
-    for name in list_class_folders(root):
+    for name in names:
         other = known.setdefault(_identify(root / name), name)
         if other != name:
             raise InputError(

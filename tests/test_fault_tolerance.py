@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ import psutil
 import pytest
 import torch
 from jobs import Bench, Job, Kill, newest_checkpoint, read_events, read_lines, read_losses
-from tiny_shards import open_loader, write_tar
+from tiny_shards import open_loader, spoil
 
 from vitfreeze.fault_tolerance import EXIT_HUNG, EXIT_STOPPED, LossGuard, StopSignals, Watchdog
 
@@ -180,9 +179,7 @@ def test_what_one_rank_alone_meets_in_a_shard_is_told_by_it(bench: Bench) -> Non
     )  # fmt: skip
     spoilt = next(loader.batches(2, 3)).keys[0]
     for path in shards.glob("*.tar"):
-        with tarfile.open(path) as archive:
-            members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
-        write_tar(path, [(name, b"?" if name == f"{spoilt}.jpg" else data) for name, data in members])
+        spoil(path, f"{spoilt}.jpg")
     job = bench.start("spoilt_run", f"data.train={shards}", "data.max_bad_fraction=0.001", ranks=2)
     job.processes[1].join(60)
     job.kill()

@@ -30,6 +30,13 @@ def open_loader(shards: Any, **settings: Any) -> TrainLoader:
     return TrainLoader(shards, options=ReadOptions(**options), **settings)
 
 
+def spoil(path: Path, name: str) -> None:
+    """Let a member of a shard be no image."""
+    with tarfile.open(path) as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    write_tar(path, [(each, b"?" if each == name else data) for each, data in members])
+
+
 def write_shards(
     folder: Path, lengths: list[int], *, info: bool = True, size: tuple[int, int] = (40, 30), first: int = 0
 ) -> Path:
