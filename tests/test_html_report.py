@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vitfreeze.cli import main
 from vitfreeze.config import ConfigError
 from vitfreeze.html_report import write_report
-from vitfreeze.html_report.figures import draw_runs
+from vitfreeze.html_report.figures import draw_frontier, draw_runs
 from vitfreeze.html_report.runs import read_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -81,13 +82,32 @@ def test_several_runs_lie_over_each_other(run_folder: Path, tmp_path: Path) -> N
     assert "<td>optim.blr</td>" not in text
 
 
-def test_study_is_drawn_from_its_cells(tmp_path: Path) -> None:
-    for seed, arm, cost, reached in ((0, "plain", 1.0, 0.5), (1, "plain-0.5", 0.5, 0.4), (0, "paper", 1.0, 0.45)):
-        cell = {"arm": arm, "words": f"what {arm} is", "seed": seed, "blr": 1e-3, "cost": {"pretraining": cost}}
-        (tmp_path / f"{arm}.json").write_text(json.dumps({**cell, "accuracy": {"finetuned": reached}}))
+def make_cell(arm: str, *, cost: float, seed: int = 0, blr: float = 1e-3, reached: float = 0.5) -> dict[str, Any]:
+    shared = {"data": "birds", "size": "cpu", "labels": 5000, "judged_on": "held_out"}
+    run = {"arm": arm, "words": f"what {arm} is", "seed": seed, "blr": blr}
+    return {**shared, **run, "cost": {"pretraining": cost}, "accuracy": {"finetuned": reached}}
+
+
+def test_study_is_drawn_from_its_cells_beside_those_that_may_be_compared(tmp_path: Path) -> None:
+    cells = [make_cell("plain", cost=1.0), make_cell("plain-0.5", cost=0.5, seed=1), make_cell("paper", cost=1.0)]
+    judged = {**make_cell("stable", cost=1.0), "labels": 45000, "judged_on": "test"}
+    for number, cell in enumerate([*cells, judged]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(cell))
+    (tmp_path / "claims.json").write_text('["stable"]')
     text = write_report([tmp_path], tmp_path / "study.html").read_text()
     assert "what paper is, seed 0, blr 0.001" in text
-    assert "counted cost of pre-training" in text
+    assert text.count("counted cost of pre-training") == 2
+    tested = text.index("birds, size cpu: fine-tuned on 45,000 labels, judged on the test set.")
+    explored = text.index("birds, size cpu: fine-tuned on 5,000 labels, judged on held-out images.")
+    assert tested < text.index("what stable is") < explored < text.index("what paper is")
+
+
+def test_plain_frontier_takes_the_learning_rate_with_the_best_mean() -> None:
+    runs = [(1.0, 0, 1e-3, 0.4), (1.0, 1, 1e-3, 0.6), (1.0, 0, 2e-3, 0.55), (0.5, 0, 1e-3, 0.3)]
+    cells = [make_cell("plain", cost=cost, seed=seed, blr=blr, reached=reached) for cost, seed, blr, reached in runs]
+    line = draw_frontier(cells).data[1]
+    assert list(line.x) == [0.5, 1.0]
+    assert list(line.y) == pytest.approx([30.0, 55.0])
 
 
 def test_bad_reports_get_one_sentence(tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

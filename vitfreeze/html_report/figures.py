@@ -167,8 +167,22 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
     return cells
 
 
+def group_cells(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Part cells that must not be compared, by what they share, in words; those judged on the test set first."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["judged_on"] != "test"):
+        judge = "the test set" if cell["judged_on"] == "test" else "held-out images"
+        shared = f"{cell['data']}, size {cell['size']}: fine-tuned on {cell['labels']:,} labels, judged on {judge}"
+        groups.setdefault(shared, []).append(cell)
+    return groups
+
+
 def draw_frontier(cells: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw fine-tuned accuracy against counted cost: a point a cell, plain runs of each cost joined by their means."""
+    """Draw fine-tuned accuracy against counted cost: a point a cell, the plain runs of each cost joined.
+
+    Args:
+        cells: of one group. Of plain runs with several learning rates the line takes the one with the best mean.
+    """
     from plotly.graph_objects import Figure, Scatter
 
     figure = Figure()
@@ -176,22 +190,34 @@ def draw_frontier(cells: Sequence[Mapping[str, Any]]) -> Figure:
     for number, arm in enumerate(sorted(arms, key=lambda arm: arm != "plain")):
         mine = [cell for cell in cells if str(cell["arm"]).partition("-")[0] == arm]
         hover = [f"{cell['words']}, seed {cell['seed']}, blr {cell['blr']:g}" for cell in mine]
-        points = [(cell["cost"]["pretraining"], 100 * cell["accuracy"]["finetuned"]) for cell in mine]
+        points = [_place(cell) for cell in mine]
         style = {"color": COLOURS[number % len(COLOURS)], "size": 9, "symbol": number}
         figure.add_trace(
             Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="markers", name=arm, text=hover,
                     marker=style, hovertemplate="%{text}: %{y:.1f} %<extra></extra>")
         )  # fmt: skip
         if arm == "plain":
-            costs = sorted({round(x, 3) for x, _ in points})
-            means = [_mean([y for x, y in points if round(x, 3) == cost]) for cost in costs]
-            line = {"color": style["color"], "width": 1.2}
-            figure.add_trace(Scatter(x=costs, y=means, mode="lines", line=line, showlegend=False, hoverinfo="skip"))
+            best, line = _best_means(mine), {"color": style["color"], "width": 1.2}
+            figure.add_trace(
+                Scatter(x=[*best], y=[*best.values()], mode="lines", line=line, showlegend=False, hoverinfo="skip")
+            )
     figure.update_layout(height=420)
     figure.update_xaxes(title_text="counted cost of pre-training (plain run = 1)", rangemode="tozero")
     figure.update_yaxes(title_text="fine-tuned top-1 (%)")
     return figure
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _place(cell: Mapping[str, Any]) -> tuple[float, float]:
+    return round(cell["cost"]["pretraining"], 3), 100 * cell["accuracy"]["finetuned"]
+
+
+def _best_means(cells: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """Return by rising cost the mean accuracy over seeds, at the learning rate where it is highest."""
+    reached: dict[tuple[float, float], list[float]] = {}
+    for cell in cells:
+        cost, accuracy = _place(cell)
+        reached.setdefault((cost, cell["blr"]), []).append(accuracy)
+    best: dict[float, float] = {}
+    for (cost, _), accuracies in sorted(reached.items()):
+        best[cost] = max(best.get(cost, 0.0), sum(accuracies) / len(accuracies))
+    return best

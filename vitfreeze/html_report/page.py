@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vitfreeze import __version__
 from vitfreeze.config import ConfigError
 from vitfreeze.files import replacing, suggest_path
-from vitfreeze.html_report.figures import draw_frontier, draw_runs, read_cells
+from vitfreeze.html_report.figures import draw_frontier, draw_runs, group_cells, read_cells
 from vitfreeze.html_report.runs import AXES, RunRecord, differing_settings, freezes_of, read_run
 from vitfreeze.planner import name_stages
 from vitfreeze.text import format_bytes
@@ -103,8 +103,10 @@ def _make_page(runs: Sequence[RunRecord], studies: Sequence[tuple[Path, list[dic
         yield from _tell_runs(runs)
     for folder, cells in studies:
         yield f"<h2>What freezing buys: {escape(folder.name)}</h2>"
-        yield _embed(draw_frontier(cells), f"study-{escape(folder.name)}")
-        yield '<p class="note">A point is one run; runs of other data, labels or judges stand on the page of the study.'
+        for number, (shared, group) in enumerate(group_cells(cells).items()):
+            yield f"<p>{escape(shared)}.</p>"
+            yield _embed(draw_frontier(group), f"study-{escape(folder.name)}-{number}")
+        yield '<p class="note">A point is one run. Runs of other data, labels or judges are not to be compared.</p>'
     yield f'<p class="note">vitfreeze {__version__}</p><script>{SCRIPT}</script></body></html>'
 
 
