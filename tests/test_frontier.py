@@ -42,6 +42,11 @@ def test_default_arms_are_at_most_eight() -> None:
     assert {arm.kind.recipe for arm in arms} == {"off", "paper", "unscaled"}
 
 
+def test_freezing_of_the_default_arms_has_a_run_without_it_to_stand_against() -> None:
+    names = {arm.name for arm in parse_arms(DEFAULT_ARMS)}
+    assert {arm.kind.unfrozen for arm in parse_arms(DEFAULT_ARMS)} <= names
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -78,7 +78,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-DEFAULT_ARMS = "plain,small,global,small_global,stable,paper,plain-0.7,stopped-0.7"
+# {Full size, small first} x {not frozen, frozen} at level rates, which led in all four pairs; the paper; the frontier.
+DEFAULT_ARMS = "plain,wsd,stable,small_wsd,small_stable,paper,plain-0.7,stopped-0.7"
 
 
 @dataclass(frozen=True, kw_only=True)
