@@ -52,6 +52,10 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates", rates="stable",
             unfrozen="wsd",
         ),
+        "stable_wsd": Kind(
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates, and level ones of the heads",
+            rates="stable", schedule="wsd", unfrozen="wsd",
+        ),
         "wsd": Kind(
             recipe="off", tuned_as="plain", words="not frozen; warm-up, level, decay over the last tenth",
             schedule="wsd",
