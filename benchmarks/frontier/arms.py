@@ -53,7 +53,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             unfrozen="wsd",
         ),
         "stable_wsd": Kind(
-            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates, and level ones of the heads",
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates, heads level",
             rates="stable", schedule="wsd", unfrozen="wsd",
         ),
         "wsd": Kind(
