@@ -173,6 +173,15 @@ def test_settings_of_a_record_hold_no_path(tmp_path: Path) -> None:
     assert "/" not in "".join(study.pretraining_settings(cell) + study.finetuning_settings(cell))
 
 
+def test_arms_with_level_rates_differ_from_the_run_without_freezing_by_what_their_words_say(tmp_path: Path) -> None:
+    def settings(name: str) -> set[str]:
+        cell = Cell(arm=parse_arm(name), seed=0, budget=1.0, blr=1e-3)
+        return set(make_study(tmp_path).pretraining_settings(cell))
+
+    assert settings("stable_wsd") - settings("wsd") == {"freeze.rates=stable"}
+    assert settings("stable_t09") ^ settings("stable") == {"freeze.t_0=0.9"}
+
+
 def test_imagenet_is_written_down_with_planned_hours(tmp_path: Path) -> None:
     arms = ["--arms", "plain,stopped-0.5,paper", "--seeds", "0"]
     assert main(["--data", "none", "--out", str(tmp_path), "--size", "imagenet", *arms]) == 0

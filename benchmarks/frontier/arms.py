@@ -20,6 +20,7 @@ class Kind:
         tuned_as: kind whose learning rate it takes.
         words: what it is, in words.
         rates: rates of layers that freeze, where they are not the paper's.
+        t_0: when the first layer leaves, where that is not the recipe's.
         small_first: whether the run begins with small images: sizes and shares are those of the study's size.
         decoded_share: share of the masked patches that the heads reconstruct, where that is not all of them.
         schedule: `optim.schedule`, where it is not a cosine.
@@ -31,6 +32,7 @@ class Kind:
     tuned_as: str
     words: str
     rates: str | None = None
+    t_0: float | None = None
     small_first: bool = False
     decoded_share: float | None = None
     schedule: str | None = None
@@ -55,6 +57,10 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "stable_wsd": Kind(
             recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates, heads level",
             rates="stable", schedule="wsd", unfrozen="wsd",
+        ),
+        "stable_t09": Kind(
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.9, cubic, stable rates", rates="stable", t_0=0.9,
+            unfrozen="wsd",
         ),
         "wsd": Kind(
             recipe="off", tuned_as="plain", words="not frozen; warm-up, level, decay over the last tenth",

@@ -68,6 +68,8 @@ class Study:
         chosen = {**self.size.encoder, **self.size.pretraining, "optim.blr": f"{cell.blr:g}"}
         if kind.rates:
             chosen["freeze.rates"] = kind.rates
+        if kind.t_0 is not None:
+            chosen["freeze.t_0"] = f"{kind.t_0:g}"
         if kind.schedule:
             chosen["optim.schedule"] = kind.schedule
         if kind.small_first:
