@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from benchmarks.frontier.errors import InputError
@@ -19,11 +19,8 @@ class Kind:
         recipe: recipe of vitfreeze that it follows.
         tuned_as: kind whose learning rate it takes.
         words: what it is, in words.
-        rates: rates of layers that freeze, where they are not the paper's.
-        t_0: when the first layer leaves, where that is not the recipe's.
+        settings: what it changes in its recipe.
         small_first: whether the run begins with small images: sizes and shares are those of the study's size.
-        decoded_share: share of the masked patches that the heads reconstruct, where that is not all of them.
-        schedule: `optim.schedule`, where it is not a cosine.
         stopped: whether it is the plain run of the whole budget, stopped before its rate has decayed.
         unfrozen: kind that does all but the freezing, against which freezing is credited; of others it is plain.
     """
@@ -31,15 +28,16 @@ class Kind:
     recipe: str
     tuned_as: str
     words: str
-    rates: str | None = None
-    t_0: float | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     small_first: bool = False
-    decoded_share: float | None = None
-    schedule: str | None = None
     stopped: bool = False
     unfrozen: str = "plain"
 
 
+_GLOBAL = {"freeze.rates": "global"}
+_STABLE = {"freeze.rates": "stable"}
+_WSD = {"optim.schedule": "wsd"}
+_HALF_DECODED = {"curriculum.decoded_share": "[[0, 0.5]]"}
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "plain": Kind(recipe="off", tuned_as="plain", words="plain LocalMIM, rate decayed"),
@@ -48,43 +46,43 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "unscaled": Kind(recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, unscaled rates"),
         "t09": Kind(recipe="t09", tuned_as="paper", words="frozen: t_0 0.9, cubic, scaled rates"),
         "global": Kind(
-            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, one cosine for all", rates="global"
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, one cosine for all", settings=_GLOBAL
         ),
         "stable": Kind(
-            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates", rates="stable",
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates", settings=_STABLE,
             unfrozen="wsd",
         ),
         "stable_wsd": Kind(
             recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.8, cubic, stable rates, heads level",
-            rates="stable", schedule="wsd", unfrozen="wsd",
+            settings=_STABLE | _WSD, unfrozen="wsd",
         ),
         "stable_t09": Kind(
-            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.9, cubic, stable rates", rates="stable", t_0=0.9,
-            unfrozen="wsd",
+            recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.9, cubic, stable rates",
+            settings=_STABLE | {"freeze.t_0": "0.9"}, unfrozen="wsd",
         ),
         "wsd": Kind(
-            recipe="off", tuned_as="plain", words="not frozen; warm-up, level, decay over the last tenth",
-            schedule="wsd",
+            recipe="off", tuned_as="plain", words="not frozen; warm-up, level, decay over the last tenth", settings=_WSD
         ),
         "small_wsd": Kind(
             recipe="off", tuned_as="plain", words="small images first, not frozen; warm-up, level, decay",
-            small_first=True, schedule="wsd",
+            settings=_WSD, small_first=True,
         ),
         "small": Kind(recipe="off", tuned_as="plain", words="small images first, not frozen", small_first=True),
         "small_global": Kind(
-            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `global`", rates="global",
+            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `global`", settings=_GLOBAL,
             small_first=True, unfrozen="small",
         ),
         "small_stable": Kind(
-            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `stable`", rates="stable",
+            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `stable`", settings=_STABLE,
             small_first=True, unfrozen="small_wsd",
         ),
         "half_decoded": Kind(
-            recipe="off", tuned_as="plain", words="half of the masked patches decoded, not frozen", decoded_share=0.5
+            recipe="off", tuned_as="plain", words="half of the masked patches decoded, not frozen",
+            settings=_HALF_DECODED,
         ),
         "half_decoded_global": Kind(
             recipe="unscaled", tuned_as="plain", words="half of the masked patches decoded, frozen as `global`",
-            rates="global", decoded_share=0.5, unfrozen="half_decoded",
+            settings=_GLOBAL | _HALF_DECODED, unfrozen="half_decoded",
         ),
     }
 )  # fmt: skip

@@ -65,17 +65,9 @@ class Study:
     def pretraining_settings(self, cell: Cell) -> list[str]:
         """Return the settings of a cell's pre-training, but for its length."""
         kind = cell.arm.kind
-        chosen = {**self.size.encoder, **self.size.pretraining, "optim.blr": f"{cell.blr:g}"}
-        if kind.rates:
-            chosen["freeze.rates"] = kind.rates
-        if kind.t_0 is not None:
-            chosen["freeze.t_0"] = f"{kind.t_0:g}"
-        if kind.schedule:
-            chosen["optim.schedule"] = kind.schedule
+        chosen = {**self.size.encoder, **self.size.pretraining, "optim.blr": f"{cell.blr:g}", **kind.settings}
         if kind.small_first:
             chosen["curriculum.img_size"] = self.size.small_first
-        if kind.decoded_share is not None:
-            chosen["curriculum.decoded_share"] = f"[[0, {kind.decoded_share:g}]]"
         return [*as_overrides(chosen), f"run.seed={cell.seed}", "run.show_every=0"]
 
     def finetuning_settings(self, cell: Cell) -> list[str]:
