@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 2
         AssertionError: a rank failed or took longer than `timeout` seconds; the message has its traceback and output.
     """
     context = fork_server()
+    all_done = context.Barrier(world_size)
     environment = {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -63,7 +65,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 2
     }
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_run_rank, args=(rank, function, arguments, environment, folder))
+            context.Process(target=_run_rank, args=(rank, function, arguments, environment, folder, all_done))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -84,7 +86,12 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 2
 
 
 def _run_rank(
-    rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], folder: str
+    rank: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
+    folder: str,
+    all_done: threading.Barrier,
 ) -> None:
     output = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -102,6 +109,7 @@ def _run_rank(
         os._exit(1)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
     sys.stdout.flush()
+    all_done.wait()  # rank 0 keeps the store, of which another may still be asking how a group's ranks are reached
     os._exit(0)
 
 

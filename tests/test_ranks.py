@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from processes import run_ranks
+from torch.distributed import distributed_c10d
 
 from vitfreeze.engine import join_ranks
 from vitfreeze.ranks import ClusterError, LaunchEnvironment, Ranks, describe_ranks, group_ranks
@@ -104,11 +106,26 @@ def test_ranks_pass_facts_on_the_default_group_and_on_their_own() -> None:
         ]
 
 
+def ask_late() -> bytes:
+    """Rank 1 asks rank 0's store when rank 0 has nothing left to do."""
+    ranks = join_ranks()
+    store = distributed_c10d._get_default_store()
+    if ranks.rank == 0:
+        store.set("word", "there")
+        return b"there"
+    time.sleep(0.5)
+    return store.get("word")
+
+
+@pytest.mark.distributed
+def test_ranks_of_tests_leave_together() -> None:
+    assert run_ranks(ask_late) == [b"there"] * 2
+
+
 def timeouts_of_groups() -> list[float]:
     from datetime import timedelta
 
     import engine_scenarios as scenarios
-    from torch.distributed import distributed_c10d
 
     from vitfreeze.engine import FreezingEngine
     from vitfreeze.ranks import set_group_timeouts
