@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.process
 import os
 import pickle
 import signal
@@ -68,21 +69,30 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int = 2
             context.Process(target=_run_rank, args=(rank, function, arguments, environment, folder, all_done))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        deadline = time.monotonic() + timeout
-        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-            if any(process.exitcode for process in ranks):
-                time.sleep(1)  # let the others say why they failed, too
-                break
-            time.sleep(0.02)
-        succeeded = all(process.exitcode == 0 for process in ranks)
-        for process in ranks:
-            process.kill()
-            process.join()
+        with _started(*ranks):
+            deadline = time.monotonic() + timeout
+            while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+                if any(process.exitcode for process in ranks):
+                    time.sleep(1)  # let the others say why they failed, too
+                    break
+                time.sleep(0.02)
+            succeeded = all(process.exitcode == 0 for process in ranks)
         outputs = [Path(folder, f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
         assert succeeded, "\n".join(f"--- rank {rank} ---\n{output[-6000:]}" for rank, output in enumerate(outputs))
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+@contextmanager
+def _started(*processes: multiprocessing.process.BaseProcess) -> Iterator[None]:
+    """Start processes and kill what is left of them in the end: of an interrupted test too, or Python waits for it."""
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _run_rank(
@@ -138,10 +148,8 @@ def run_forked(
     where = (str(cwd or Path.cwd()), [str(place) for place in path])
     with tempfile.TemporaryDirectory() as folder:
         process = fork_server().Process(target=_run_forked, args=(function, arguments, environment, where, folder))
-        process.start()
-        process.join(timeout)
-        process.kill()
-        process.join()
+        with _started(process):
+            process.join(timeout)
         texts = [Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr")]
     assert process.exitcode != -signal.SIGKILL, f"{arguments} did not end within {timeout} s:\n{texts[1][-4000:]}"
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
