@@ -404,8 +404,14 @@ def test_claims_need_five_fresh_seeds_and_are_corrected_together() -> None:
         [("t09", "plain", 1.0), ("paper", "plain", 1.0)],
     )
     assert held.holds
+    assert held.difference
     assert held.adjusted_p == pytest.approx(2 * held.difference.p_value)
     assert not lost.holds
+    first, later, waiting = confirm(
+        fresh, [("t09", "plain", 1.0)], [("t09", "plain", 1.0), ("paper", "plain", 1.0)], may_wait=True
+    )
+    assert first.adjusted_p == later.adjusted_p == pytest.approx(3 * held.difference.p_value)  # over both rounds
+    assert (waiting.difference, waiting.adjusted_p, waiting.holds) == (None, 1, False)
     with pytest.raises(InputError, match=r"has 4 pairs .* a claim needs 5"):
         confirm(make_confirmation(range(10, 14), 0.01), [("t09", "plain", 1.0)])
     with pytest.raises(InputError, match="seed 1 was used for exploring"):
@@ -423,6 +429,7 @@ def test_claims_need_five_fresh_seeds_and_are_corrected_together() -> None:
     )
     (of_freezing,) = confirm([*both, *small], [report.read_claim("small_global>small@1")])
     assert of_freezing.holds
+    assert of_freezing.difference
     assert of_freezing.difference.mean == pytest.approx(0.01, abs=1e-3)
 
 
@@ -465,15 +472,14 @@ def test_claims_that_lie_beside_the_records_are_judged_on_the_page(tmp_path: Pat
     for record in make_confirmation(range(10, 15), 0.01):
         (folder / f"{record['arm']}_{record['seed']}.json").write_text(json.dumps(record))
     assert "claim" not in report.make_blocks(folder)["frontier"]
-    (folder / "claims.json").write_text('["t09"]')
+    (folder / "claims.json").write_text('[["t09"], ["t09@0.5"]]')
     tables = report.make_blocks(folder)["frontier"].split("\n\n")
     assert tables[0].startswith("Test set")
     assert "| `t09` beats `plain` of equal cost, budget 1 | 5 | +1.0 [" in tables[2]
-    assert tables[2].endswith("| confirmed |")
+    judged, waiting = tables[2].splitlines()[2:]
+    assert judged.endswith("| confirmed |")
+    assert waiting == "| `t09` beats `plain` of equal cost, budget 0.5 |  |  |  | not run yet |"
     assert tables[3].startswith("Exploration")
-    (folder / "claims.json").write_text('["t09@0.5"]')
-    with pytest.raises(InputError, match="a claim needs 5"):
-        report.make_blocks(folder)
 
 
 def test_summary_has_the_best_rate_of_every_arm_beside_its_control() -> None:

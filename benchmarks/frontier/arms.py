@@ -37,6 +37,7 @@ class Kind:
 _GLOBAL = {"freeze.rates": "global"}
 _STABLE = {"freeze.rates": "stable"}
 _WSD = {"optim.schedule": "wsd"}
+_LATE = _STABLE | _WSD | {"freeze.t_0": "0.9", "freeze.decay": "10%"}
 _HALF_DECODED = {"curriculum.decoded_share": "[[0, 0.5]]"}
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
@@ -59,6 +60,14 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "stable_t09": Kind(
             recipe="unscaled", tuned_as="plain", words="frozen: t_0 0.9, cubic, stable rates",
             settings=_STABLE | {"freeze.t_0": "0.9"}, unfrozen="wsd",
+        ),
+        "late": Kind(
+            recipe="unscaled", tuned_as="plain", settings=_LATE, unfrozen="wsd",
+            words="frozen: t_0 0.9, cubic, stable rates, twice their decay, heads level",
+        ),
+        "small_late": Kind(
+            recipe="unscaled", tuned_as="plain", words="small images first, frozen as `late`", settings=_LATE,
+            small_first=True, unfrozen="small_wsd",
         ),
         "wsd": Kind(
             recipe="off", tuned_as="plain", words="not frozen; warm-up, level, decay over the last tenth", settings=_WSD

@@ -64,18 +64,20 @@ class Claim:
 
     Attributes:
         control: `plain`, or the kind that does all but the freezing.
+        difference: None if not all of its runs are there.
+        adjusted_p: 1 if not all of its runs are there.
     """
 
     arm: str
     control: str
     budget: float
-    difference: Difference
+    difference: Difference | None
     adjusted_p: float
 
     @property
     def holds(self) -> bool:
         """Whether it is confirmed: the interval above 0, and Holm's p below 5 %."""
-        return self.difference.low > 0 and self.adjusted_p < SIGNIFICANCE
+        return self.difference is not None and self.difference.low > 0 and self.adjusted_p < SIGNIFICANCE
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -161,40 +163,53 @@ def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record], unfroze
     )  # fmt: skip
 
 
-def confirm(records: Sequence[Record], claims: Sequence[tuple[str, str, float]]) -> list[Claim]:
+def confirm(
+    records: Sequence[Record], *rounds: Sequence[tuple[str, str, float]], may_wait: bool = False
+) -> list[Claim]:
     """Put claims (arm, control, budget) to the test, on the test set, with all labels and at least five fresh seeds.
 
+    Args:
+        rounds: claims that were chosen together, before their runs were judged. Holm's correction is over all rounds.
+        may_wait: a claim whose runs are not all there is no error: it counts with a p of 1.
+
     Raises:
-        InputError: too many claims, or records that are exploration and cannot confirm anything.
+        InputError: too many claims in a round, or records that are exploration and cannot confirm anything.
     """
-    if not 1 <= len(claims) <= MOST_CLAIMS:
-        raise InputError(
-            f"{len(claims)} claims are made; allowed: 1 to {MOST_CLAIMS}, chosen before the test set is seen"
-        )
+    for chosen in rounds:
+        if not 1 <= len(chosen) <= MOST_CLAIMS:
+            raise InputError(
+                f"{len(chosen)} claims are made; allowed: 1 to {MOST_CLAIMS}, chosen before the test set is seen"
+            )
     judging = [record for record in records if is_confirmation(record)]
     explored = {(r["data"], r["seed"]) for r in records if not is_confirmation(r)}
     findings = find(judging) if judging else []
-    differences = []
-    for arm, control, budget in claims:
-        made = [finding for finding in findings if (finding.arm, finding.budget) == (arm, budget)]
-        if len(made) > 1:
-            raise InputError(f"{arm} at budget {budget:g} has {len(made)} learning rates; a claim has one, chosen")
-        difference = _difference_from(control, made[0]) if made else None
-        pairs = difference.pairs if difference else 0
-        if difference is None or pairs < FRESH_SEEDS:
-            raise InputError(
-                f"{arm} at budget {budget:g} has {pairs} pairs with a {control} run of its cost, judged on the test "
-                f"set with all labels; a claim needs {FRESH_SEEDS}"
-            )
-        differences.append(difference)
+    claims = [claim for chosen in rounds for claim in chosen]
+    differences = [_judge(findings, claim, may_wait=may_wait) for claim in claims]
     stale = sorted({record["seed"] for record in judging if (record["data"], record["seed"]) in explored})
     if stale:
         raise InputError(f"seed {stale[0]} was used for exploring; a claim needs seeds that no choice has seen")
-    adjusted = correct_for_many([difference.p_value for difference in differences])
+    adjusted = correct_for_many([difference.p_value if difference else 1.0 for difference in differences])
     return [
         Claim(arm=arm, control=control, budget=budget, difference=difference, adjusted_p=p_value)
         for (arm, control, budget), difference, p_value in zip(claims, differences, adjusted, strict=True)
     ]
+
+
+def _judge(findings: Sequence[Finding], claim: tuple[str, str, float], *, may_wait: bool) -> Difference | None:
+    arm, control, budget = claim
+    made = [finding for finding in findings if (finding.arm, finding.budget) == (arm, budget)]
+    if len(made) > 1:
+        raise InputError(f"{arm} at budget {budget:g} has {len(made)} learning rates; a claim has one, chosen")
+    difference = _difference_from(control, made[0]) if made else None
+    pairs = difference.pairs if difference else 0
+    if pairs >= FRESH_SEEDS:
+        return difference
+    if may_wait:
+        return None
+    raise InputError(
+        f"{arm} at budget {budget:g} has {pairs} pairs with a {control} run of its cost, judged on the test set with "
+        f"all labels; a claim needs {FRESH_SEEDS}"
+    )
 
 
 def _difference_from(control: str, finding: Finding) -> Difference | None:

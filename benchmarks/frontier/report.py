@@ -31,7 +31,7 @@ NAMES = {"finetuned": "fine-tuned", "linear": "linear", "knn_10": "10-NN"}
 INK, BAND, ACCENT = "#222222", "#BBD3E6", "#D55E00"
 PLAIN_COLOUR = "#0072B2"
 MARKERS = "s^Dv<>PX*"
-CLAIMS_FILE = "claims.json"  # beside the records: the claims that were chosen before the test set was seen
+CLAIMS_FILE = "claims.json"  # beside the records: rounds of claims, each chosen before its runs were judged
 
 
 def describe_group(key: GroupKey, records: Sequence[Any]) -> str:
@@ -98,6 +98,9 @@ def format_claims(claims: Sequence[Claim]) -> str:
     rows = [["claim", "pairs", "difference", "Holm's p", "so"], ["---"] * 5]
     for claim in claims:
         words = f"`{claim.arm}` beats `{claim.control}` of equal cost, budget {claim.budget:g}"
+        if claim.difference is None:
+            rows.append([words, "", "", "", "not run yet"])
+            continue
         verdict = "confirmed" if claim.holds else "not confirmed"
         pairs = str(claim.difference.pairs)
         rows.append([words, pairs, format_difference(claim.difference), f"{claim.adjusted_p:.3f}", verdict])
@@ -211,8 +214,8 @@ def make_blocks(folder: Path) -> dict[str, str]:
         for key, group in groups.items()
     ]  # of the test set first
     if (folder / CLAIMS_FILE).is_file():
-        claims = [read_claim(text) for text in json.loads((folder / CLAIMS_FILE).read_text())]
-        tables.insert(1, format_claims(confirm(records, claims)))
+        rounds = [[read_claim(text) for text in chosen] for chosen in json.loads((folder / CLAIMS_FILE).read_text())]
+        tables.insert(1, format_claims(confirm(records, *rounds, may_wait=True)))
     if (folder / "tuning.json").is_file():
         tables.append(format_tuning(json.loads((folder / "tuning.json").read_text())))
     key, group = next(iter(groups.items()))
