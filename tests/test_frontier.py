@@ -25,7 +25,8 @@ from benchmarks.frontier.records import read_knn, read_linear, summarize_trainin
 from benchmarks.frontier.running import ask
 from benchmarks.frontier.sizes import SIZES
 from benchmarks.frontier.split import Counts, Split, divide, prepare
-from benchmarks.frontier.study import Study
+from benchmarks.frontier.study import Study, as_overrides
+from vitfreeze.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "frontier"
@@ -180,6 +181,14 @@ def test_arms_with_level_rates_differ_from_the_run_without_freezing_by_what_thei
 
     assert settings("stable_wsd") - settings("wsd") == {"freeze.rates=stable"}
     assert settings("stable_t09") ^ settings("stable") == {"freeze.t_0=0.9"}
+
+
+def test_the_recipe_that_is_recommended_is_the_arm_that_leads() -> None:
+    kind, size = parse_arm("small_wsd").kind, SIZES["imagenet"]
+    settings = [*as_overrides(kind.settings), f"curriculum.img_size={size.small_first}"]
+    arm, recommended = load_config(kind.recipe, settings), load_config("recommended")
+    for section in ("model", "optim", "freeze", "curriculum"):
+        assert getattr(arm, section) == getattr(recommended, section)
 
 
 def test_imagenet_is_written_down_with_planned_hours(tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-# {Full size, small first} x {not frozen, frozen} at level rates, which led in all four pairs; the paper; the frontier.
-DEFAULT_ARMS = "plain,wsd,stable,small_wsd,small_stable,paper,plain-0.7,stopped-0.7"
+# {Full size, small first} x {not frozen, frozen late}, at level rates, which led in all pairs; the paper; the frontier.
+DEFAULT_ARMS = "plain,wsd,late,small_wsd,small_late,paper,plain-0.7,stopped-0.7"
 
 
 @dataclass(frozen=True, kw_only=True)

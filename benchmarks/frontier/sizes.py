@@ -180,7 +180,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             labels=1_276_167,
             held_out=5000,
             stored_pixels=288,
-            small_first="[[0, 128], [0.3, 160], [0.55, 224]]",
+            small_first="[[0, 160], [0.6, 224]]",  # as in the recipe `recommended`
             all_labels=True,
             teraflops=100,
         ),
