@@ -95,7 +95,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
     }
 )  # fmt: skip
-# {Full size, small first} x {not frozen, frozen late}, at level rates, which led in all pairs; the paper; the frontier.
+# {Full size, small first} x {not frozen, frozen late}, all at level rates; the paper; the frontier.
 DEFAULT_ARMS = "plain,wsd,late,small_wsd,small_late,paper,plain-0.7,stopped-0.7"
 
 

@@ -41,7 +41,6 @@ class Finding:
     arm: str
     budget: float
     blr: float
-    words: str
     cost: float
     cost_with_finetuning: float
     seeds: tuple[int, ...]
@@ -51,6 +50,11 @@ class Finding:
     control_accuracy: Difference | None
     differences: Mapping[str, Difference]
     of_freezing: Difference | None
+
+    @property
+    def words(self) -> str:
+        """What the arm is, in today's words; records keep those of the day that they were made."""
+        return parse_arm(self.arm).words
 
     @property
     def is_plain(self) -> bool:
@@ -152,7 +156,7 @@ def _find_arm(runs: Mapping[int, Record], control: Mapping[int, Record], unfroze
         return compare_pairs(values(runs, metric, pairs), values(other, metric, pairs))
 
     return Finding(
-        arm=one["arm"], budget=one["budget"], blr=one["blr"], words=one["words"], seeds=seeds,
+        arm=one["arm"], budget=one["budget"], blr=one["blr"], seeds=seeds,
         cost=one["cost"]["pretraining"], cost_with_finetuning=one["cost"]["with_finetuning"],
         accuracies={metric: mean_interval(values(runs, metric, seeds)) for metric in METRICS},
         control=control[shared[0]]["arm"] if shared else "",
